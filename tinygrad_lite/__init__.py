@@ -1,0 +1,17 @@
+"""A reverse-mode autograd engine on NumPy arrays, with the fused ops a Transformer needs.
+
+The order of the two lines below matters: OpenBLAS reads its thread count when NumPy loads. One BLAS
+thread for each product leaves the cores to `parallel`, which gives every core whole lines of its own.
+"""
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from . import functional  # noqa: E402
+from .gradcheck import gradcheck  # noqa: E402
+from .optim import Adam, clip_grad_norm, cosine_schedule  # noqa: E402
+from .parallel import value_and_grad  # noqa: E402
+from .tensor import Tensor, no_grad  # noqa: E402
+
+__all__ = ["Adam", "Tensor", "clip_grad_norm", "cosine_schedule", "functional", "gradcheck", "no_grad",
+           "value_and_grad"]

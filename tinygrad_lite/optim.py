@@ -1,0 +1,56 @@
+"""Adam, gradient clipping and the learning-rate schedule."""
+import math
+
+import numpy as np
+
+
+class Adam:
+    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), for float32 or float64 parameters.
+
+    The moments live in one long vector: forty small arrays would cost forty times NumPy's call overhead.
+    A parameter whose .grad is None counts as one with a gradient of zero.
+    """
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
+        self.parameters = list(parameters)
+        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        self.ends = np.cumsum([p.size for p in self.parameters])
+        self.mean, self.square = np.zeros((2, self.ends[-1]), self.parameters[0].dtype)  # m and v
+
+    def step(self):
+        """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)."""
+        self.steps += 1
+        beta1, beta2 = self.betas
+        grad = np.concatenate([np.zeros(p.size, p.dtype) if p.grad is None else p.grad.ravel()
+                               for p in self.parameters])
+        self.mean += (1 - beta1) * (grad - self.mean)
+        grad *= grad
+        self.square += (1 - beta2) * (grad - self.square)
+        denominator = np.sqrt(self.square / (1 - beta2 ** self.steps))
+        denominator += self.eps
+        update = self.mean * (self.lr / (1 - beta1 ** self.steps))
+        update /= denominator
+        for p, piece in zip(self.parameters, np.split(update, self.ends[:-1])):
+            p.data -= piece.reshape(p.shape)
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+
+def clip_grad_norm(parameters, max_norm):
+    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
+    if norm > max_norm:
+        for grad in grads:
+            grad *= max_norm / norm
+    return norm
+
+
+def cosine_schedule(step, total, peak, warmup):
+    """The learning rate of `step` (from 0): linear up to `peak` over `warmup` steps, then a half cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

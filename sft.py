@@ -1,0 +1,54 @@
+"""SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
+if __name__ == "__main__":  # flags first: --help and mistakes are answered before NumPy loads
+    import cli
+    raise SystemExit(cli.main("sft"))
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import tinygrad_lite.functional as F
+from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, value_and_grad
+import numpy as np
+
+import data
+from cli import Progress, UserError
+from transformer import Config, Transformer
+
+SHARD = 64  # lines; smaller shards cost more calls, larger ones leave the cache
+
+
+def completion_logps(model, ids):
+    """log p(completion | prompt) of each line: int (B, T) -> (B,).
+
+    The sum of log p(token | tokens before it) over the tokens after `=`, up to and with the end token.
+    """
+    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])  # (B, T - 1)
+    return (token_logps * data.completion_mask(ids)[:, 1:]).sum(axis=1)
+
+
+def sft_loss(model, ids, n_tokens=None):
+    """- mean over completion tokens of log p(token | prefix): int (B, T) -> scalar.
+
+    A shard of a larger batch passes the whole batch's number of completion tokens as `n_tokens`; the losses
+    of the shards then add up to that of the batch.
+    """
+    return -completion_logps(model, ids).sum() / (n_tokens or data.completion_mask(ids).sum())
+
+
+def train(model, steps, batch_size, lr, rng, map_fn):
+    """The SFT loop. Trains `model` in place and yields (step, loss, learning rate) after every step."""
+    parameters = model.parameters()
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
+    for step in range(steps):
+        ids = data.random_lines(batch_size, rng)  # (B, T)
+        n_tokens = int(data.completion_mask(ids).sum())
+        shards = [ids for _, ids in data.by_length(ids, SHARD)]
+        losses = value_and_grad(lambda shard: sft_loss(model, shard, n_tokens), parameters, shards, map_fn)
+        loss = math.fsum(losses)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr than {lr:g}")
+        clip_grad_norm(parameters, 1.0)
+        optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
+        optimizer.step()
+        yield step + 1, loss, optimizer.lr

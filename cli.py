@@ -93,10 +93,18 @@ def checkpoint_path(text):
     return Path(text)
 
 
-def _common(parser, out):
-    parser.add_argument("--seed", type=seed, default=0, help="of weights and data; the same seed gives the same run")
+def target(text):
+    return _number(text, int, lambda n: 5 <= n <= 100, "a whole number from 5 to 100")
+
+
+def _seed_and_threads(parser, purpose):
+    parser.add_argument("--seed", type=seed, default=0, help=purpose)
     parser.add_argument("--threads", type=count, default=min(8, os.cpu_count() or 1),
                         help="cores to use; the result does not depend on it")
+
+
+def _common(parser, out):
+    _seed_and_threads(parser, "of all that is random; the same seed gives the same run")
     parser.add_argument("--out", type=checkpoint_path, default=out,
                         help="the checkpoint to write; a .json and pictures go beside it")
 
@@ -115,7 +123,42 @@ def sft_parser():
     return parser
 
 
-PARSERS = {"sft": sft_parser}
+def dpo_parser():
+    parser = _parser("dpo", "Teach a trained model a preference by Direct Preference Optimization.")
+    add = parser.add_argument
+    add("--beta", type=positive, default=0.8, help="how strongly to hold on to the reference (the paper's beta)")
+    add("--pairs", choices=["sampled", "rule"], default="sampled",
+        help="the model's own answers, judged; or correct sums made by rule, which ruins the model")
+    add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
+    add("--rounds", type=count, default=300, help="rounds of pairs, with one training step each")
+    add("--prompts", type=count, default=128, help="targets drawn in a round (with --pairs rule: pairs)")
+    add("--answers", type=count, default=8, help="answers sampled for each target")
+    add("--lr", type=positive, default=4e-4, help="peak learning rate of Adam")
+    add("--sft", type=Path, default=Path("runs/sft.npz"), help="the checkpoint to start from: policy and reference")
+    _common(parser, Path("runs/dpo.npz"))
+    return parser
+
+
+def eval_parser():
+    parser = _parser("eval", "Print the metrics of checkpoints, or their answers to a prompt.")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, default=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
+        metavar="CHECKPOINT", help="what sft.py or dpo.py wrote")
+    add("--prompt", type=target, metavar="TARGET", help="answer this target, 5 to 100, instead of measuring")
+    add("--samples", type=count, help="answers sampled for each target (default: 50, with --prompt 5)")
+    add("--temperature", type=positive, default=1.0, help="of the sampled answers")
+    add("--prefer", type=int, choices=range(2, 6), default=3, help="the number of terms to count as preferred")
+    add("--json", action="store_true", help="print the same as JSON")
+    _seed_and_threads(parser, "of the sampled answers")
+    return parser
+
+
+PARSERS = {"sft": sft_parser, "dpo": dpo_parser, "eval": eval_parser}
+
+
+def settings(arguments):
+    """The flags as a dict for JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
 
 
 class Progress:

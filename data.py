@@ -47,6 +47,11 @@ def parse(line):
     return int(target), [int(term) for term in completion.split("+")]
 
 
+def read(line):
+    """`parse` of a whole answer in ids: None, too, if it does not end with its end token or holds padding."""
+    return parse(decode(line)) if line[-1] == END and PAD not in line else None
+
+
 def random_terms(targets, counts, rng):
     """Split each target into `count` terms of at least 1, uniformly among the ways: (N,), (N,) -> (N, 5) int.
 
@@ -108,11 +113,13 @@ def completion_mask(ids):
     return after_equals & (ids != PAD)
 
 
-def by_length(ids, size):
-    """Cut ids (N, T) into shards of `size` rows of like length, longest first, each cut to its longest line.
+def by_length(*arrays, size):
+    """Cut arrays of lines, ids (N, T) each, into shards of `size` rows of like length, longest first.
 
-    Without this a third of all positions would be padding. Returns a list of (rows, ids[rows]) pairs.
+    Row i of every array stays with row i of the others, and each shard is cut to its longest line: without
+    this a third of all positions would be padding. Returns a list of tuples with one array for each given.
     """
-    lengths = (ids != PAD).sum(axis=1)
+    lengths = np.max([(ids != PAD).sum(axis=1) for ids in arrays], axis=0)  # (N,)
     order = np.argsort(-lengths, kind="stable")
-    return [(rows, ids[rows, :lengths[rows[0]]]) for rows in np.split(order, range(size, len(ids), size))]
+    return [tuple(ids[rows, :lengths[rows[0]]] for ids in arrays)
+            for rows in np.split(order, range(size, len(order), size))]

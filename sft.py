@@ -3,7 +3,6 @@ if __name__ == "__main__":  # flags first: --help and mistakes are answered befo
     import cli
     raise SystemExit(cli.main("sft"))
 
-import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +11,10 @@ from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, value_and_grad
 import numpy as np
 
 import data
-from cli import Progress, UserError
-from transformer import Config, Transformer
+import eval as evaluation
+import plots
+from cli import Progress, UserError, settings
+from transformer import Config, Transformer, write_json
 
 SHARD = 64  # lines; smaller shards cost more calls, larger ones leave the cache
 
@@ -43,8 +44,8 @@ def train(model, steps, batch_size, lr, rng, map_fn):
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())
-        shards = [ids for _, ids in data.by_length(ids, SHARD)]
-        losses = value_and_grad(lambda shard: sft_loss(model, shard, n_tokens), parameters, shards, map_fn)
+        losses = value_and_grad(lambda shard: sft_loss(model, *shard, n_tokens), parameters,
+                                data.by_length(ids, size=SHARD), map_fn)
         loss = math.fsum(losses)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr than {lr:g}")
@@ -52,3 +53,33 @@ def train(model, steps, batch_size, lr, rng, map_fn):
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
         optimizer.step()
         yield step + 1, loss, optimizer.lr
+
+
+def main(arguments):
+    """Train from scratch, show the metrics and some answers, and write checkpoint, facts and pictures."""
+    out, batch_size = arguments.out, arguments.batch_size
+    try:
+        config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
+                        arguments.d_hidden, data.MAX_LEN)
+    except ValueError as error:
+        raise UserError(error) from None
+    model = Transformer(config, arguments.seed)
+    print(f"{sum(p.size for p in model.parameters()):,} parameters, {arguments.steps * batch_size:,} lines")
+    rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own beside the weights'
+    with ThreadPoolExecutor(arguments.threads) as pool:
+        progress, losses = Progress(arguments.steps), []
+        for step, loss, lr in train(model, arguments.steps, batch_size, arguments.lr, rng, pool.map):
+            losses.append(loss)
+            progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {step * batch_size / progress.seconds():,.0f} lines/s")
+        seconds = progress.seconds()
+        metrics = evaluation.evaluate(model, seed=0, map_fn=pool.map)
+    rows = [{"checkpoint": str(out), **row} for row in metrics]
+    model.save(out)
+    write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
+                                          "history": {"loss": losses}, "metrics": rows})
+    plots.sft_loss(losses, out.with_name(f"{out.stem}-loss.png"))
+    plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"))
+    print(f"\n{evaluation.table(rows)}\n")
+    for target in evaluation.EXAMPLES:
+        print(evaluation.shown(evaluation.answers_to(model, target, 0, 1.0, 0)[0]))
+    print(f"\nwrote {out}; next: python dpo.py")

@@ -196,3 +196,9 @@ def atomic_write(path):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_json(path, facts):
+    """`facts` as a JSON file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(facts, indent=1).encode())

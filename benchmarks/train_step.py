@@ -46,7 +46,8 @@ def numpy_step(size, threads, map_fn):
 def real_sorted_step(size, threads, map_fn):
     import data
     import sft
-    return real_step(size, map_fn, lambda ids: [ids for _, ids in data.by_length(ids, sft.SHARD)])
+    return real_step(size, map_fn,
+                     lambda ids: [ids for ids, in data.by_length(ids, size=sft.SHARD)])
 
 
 def real_padded_step(size, threads, map_fn):

@@ -114,7 +114,7 @@ def sft_parser():
     add = parser.add_argument
     add("--steps", type=count, default=16000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
-    add("--lr", type=positive, default=4e-3, help="peak learning rate of Adam")
+    add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=count, default=48, help="width of the residual stream")
     add("--n-layers", type=count, default=3, help="number of blocks")
     add("--n-heads", type=count, default=4, help="attention heads; must divide --d-model")

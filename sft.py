@@ -40,7 +40,7 @@ def sft_loss(model, ids, n_tokens=None):
 def train(model, steps, batch_size, lr, rng, map_fn):
     """The SFT loop. Trains `model` in place and yields (step, loss, learning rate) after every step."""
     parameters = model.parameters()
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.95))
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())

@@ -211,8 +211,8 @@ def _rope_tables(half, past, batch, length, base, dtype):
     """cos and sin of position * base^(-i / half), (half, B T) each."""
     frequency = base ** (-np.arange(half) / half)
     angle = frequency[:, None, None] * np.arange(past, past + length)  # (half, 1, T)
-    angle = np.broadcast_to(angle, (half, batch, length)).reshape(half, -1)
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    return [np.broadcast_to(table.astype(dtype), (half, batch, length)).reshape(half, -1)
+            for table in (np.cos(angle), np.sin(angle))]
 
 
 def _rotate(x, cos, sin):

@@ -1,0 +1,14 @@
+"""What pytest does first: find the project, load NumPy as the project does, set up hypothesis."""
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tinygrad_lite  # noqa: E402, F401  before NumPy, for the number of BLAS threads
+from hypothesis import settings  # noqa: E402
+
+# No database of earlier failures: a run depends on nothing that another run left behind.
+settings.register_profile("default", deadline=None, max_examples=25, database=None)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

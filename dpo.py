@@ -1,4 +1,4 @@
-"""DPO: teach a trained Transformer a preference, such as exactly three numbers, and keep its sums right."""
+"""DPO: teach a trained Transformer a preference, exactly three numbers, and keep its sums right."""
 if __name__ == "__main__":  # flags first: --help and mistakes are answered before NumPy loads
     import cli
     raise SystemExit(cli.main("dpo"))
@@ -22,22 +22,44 @@ PATIENCE = 10  # rounds in a row without a pair before a run gives up
 
 # The objective.
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+def dpo_loss(policy_chosen_logps, policy_rejected_logps,
+             reference_chosen_logps, reference_rejected_logps, beta):
     """- mean over pairs of log sigmoid(beta h): four times (pairs,) -> scalar Tensor.
 
-    Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of a prompt x,
+    Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of prompt x,
         h = log pi(y_w | x) / pi_ref(y_w | x) - log pi(y_l | x) / pi_ref(y_l | x)
-    where pi is the policy, pi_ref the frozen reference, and each log-probability a sum over tokens. Gradients
-    flow to the policy's: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected).
+    where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens. The
+    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected).
     """
-    h = (policy_chosen_logps - policy_rejected_logps) - (reference_chosen_logps - reference_rejected_logps)
+    policy_log_ratio = policy_chosen_logps - policy_rejected_logps
+    reference_log_ratio = reference_chosen_logps - reference_rejected_logps
+    h = policy_log_ratio - reference_log_ratio
     return -F.log_sigmoid(beta * h).mean()
 
 
-# Preference pairs: chosen and rejected lines (pairs, T) each, ids padded to one length.
+def pair_logps(model, chosen, rejected):
+    """log p(completion | prompt) of both, in one forward: ids (P, T) each -> (P,) each."""
+    logps = completion_logps(model, np.concatenate([chosen, rejected]))
+    return logps[:len(chosen)], logps[len(chosen):]
+
+
+def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """What a DPO run logs of log-probabilities (pairs,), under the names the field uses.
+
+    A reward is beta log pi / pi_ref (Rafailov et al. 2023, section 4); all are means over pairs.
+    """
+    chosen = beta * (policy_chosen - reference_chosen)
+    rejected = beta * (policy_rejected - reference_rejected)
+    columns = {"rewards/chosen": chosen, "rewards/rejected": rejected,
+               "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected,
+               "logps/chosen": policy_chosen, "logps/rejected": policy_rejected}
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
+# Preference pairs: chosen and rejected lines, ids (pairs, T) each, padded to one length.
 
 def prefers(line, prefer):
-    """The preference itself: does an answer (ids) parse, sum to its target and have `prefer` terms?
+    """The preference: does an answer (ids) parse, sum to its target and have `prefer` terms?
 
     To teach another preference, change this function.
     """
@@ -46,29 +68,28 @@ def prefers(line, prefer):
 
 
 def rule_pairs(n, prefer, rng):
-    """n pairs made by rule: both sums are right, the chosen one has `prefer` terms, the rejected one another count."""
-    targets = rng.choice(data.TRAINING, n)
+    """n pairs of right sums made by rule, the chosen with `prefer` terms, the rejected without."""
+    targets = np.tile(rng.choice(data.TRAINING, n), 2)
     others = [k for k in range(data.MIN_TERMS, data.MAX_TERMS + 1) if k != prefer]
     counts = np.concatenate([np.full(n, prefer), rng.choice(others, n)])
-    both = np.tile(targets, 2)
-    lines = data.encode_lines(both, data.random_terms(both, counts, rng))
+    lines = data.encode_lines(targets, data.random_terms(targets, counts, rng))
     return lines[:n], lines[n:]
 
 
-def sampled_pairs(model, prompts, answers, prefer, rng, map_fn):
-    """The model's own answers to training targets, judged by `prefers`, preferred and other answers paired off.
+def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
+    """Pairs of the model's own answers: `answers` to each of `prompts` training targets, judged.
 
-    `prompts` targets with `answers` each; a target whose answers are all of one kind gives no pair. None if
-    no target gives any.
+    To each target, answers that `prefers` likes are paired off with others. A target whose answers
+    are all of one kind gives no pair; None if no target gives any.
     """
-    targets = [int(t) for t in rng.choice(data.TRAINING, prompts, replace=prompts > len(data.TRAINING))]
-    lines = evaluation.sample(model, [t for t in targets for _ in range(answers)], 1.0, rng, map_fn)
+    targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
+    lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
     chosen, rejected = [], []
     for start in range(0, len(lines), answers):
         own = lines[start:start + answers]
-        good = [line for line in own if prefers(line, prefer)]
-        bad = [line for line in own if not prefers(line, prefer) and data.PAD not in line]
-        for c, r in zip(good, bad):
+        liked = [line for line in own if prefers(line, prefer)]
+        others = [line for line in own if not prefers(line, prefer) and data.PAD not in line]
+        for c, r in zip(liked, others):
             chosen.append(c)
             rejected.append(r)
     if not chosen:
@@ -79,70 +100,49 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn):
 
 # Training.
 
-def pair_logps(model, pairs):
-    """Log-probabilities of chosen and rejected completions, in one forward: (P, T) twice -> (P,) twice."""
-    logps = completion_logps(model, np.concatenate(pairs))
-    return logps[:len(pairs[0])], logps[len(pairs[0]):]
+def train(model, reference, make_pairs, rounds, beta, lr, map_fn=map):
+    """The DPO loop: a round asks make_pairs() for pairs and takes one step. Yields logs, as dicts.
 
-
-def train(model, reference, make_pairs, rounds, beta, lr, map_fn):
-    """The DPO loop: each round asks `make_pairs()` for pairs and takes one step. Yields the round's log, a dict.
-
-    `reference` is only read. A round without a pair is skipped, with "pairs" 0 in its log.
+    Trains `model` in place; `reference` is only read. A round without pairs is skipped, with 0
+    "pairs" in its log. Raises UserError if that goes on, or if the loss is no longer finite.
     """
     parameters = model.parameters()
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
-    without = 0
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.95))
+    empty = 0
     for step in range(rounds):
         pairs = make_pairs()
-        without = without + 1 if pairs is None else 0
-        if without == PATIENCE:
-            raise UserError(f"no prompt had both a preferred and another answer in {PATIENCE} rounds in a row; "
-                            f"train a better SFT model, or ask for more --answers")
         if pairs is None:
+            empty += 1
+            if empty == PATIENCE:
+                raise UserError(f"in {PATIENCE} rounds in a row no target had both a preferred and "
+                                f"another answer; ask for more --answers or train SFT longer")
             yield {"round": step + 1, "pairs": 0}
             continue
-
-        n_pairs = len(pairs[0])
+        empty, n_pairs = 0, len(pairs[0])
 
         def shard_loss(shard):
+            policy_logps = pair_logps(model, *shard)
             with no_grad():
                 reference_logps = pair_logps(reference, *shard)
-            policy_logps = pair_logps(model, *shard)
             loss = dpo_loss(*policy_logps, *reference_logps, beta) * (len(shard[0]) / n_pairs)
             return loss, [logps.numpy() for logps in (*policy_logps, *reference_logps)]
 
-        results = value_and_grad(shard_loss, parameters, data.by_length(*pairs, size=SHARD // 2), map_fn)
-        loss = math.fsum(loss for loss, _ in results)
+        shards = data.by_length(*pairs, size=SHARD // 2)
+        losses, logps = zip(*value_and_grad(shard_loss, parameters, shards, map_fn))
+        loss = math.fsum(losses)
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in round {step + 1}; try a lower --lr than {lr:g}")
+            raise UserError(f"the loss became {loss} in round {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
         optimizer.step()
         yield {"round": step + 1, "pairs": n_pairs, "loss": loss,
-               **rewards(*np.concatenate([logps for _, logps in results], axis=1), beta)}
+               **rewards(*np.concatenate(logps, axis=1), beta)}
 
 
-def pair_logps(model, chosen, rejected):
-    """Log-probabilities of chosen and rejected completions, in one forward: ids (P, T) each -> (P,) each."""
-    logps = completion_logps(model, np.concatenate([chosen, rejected]))
-    return logps[:len(chosen)], logps[len(chosen):]
-
-
-def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """What a DPO run logs, from the log-probabilities (pairs,): means of beta log pi / pi_ref and of log pi."""
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
-    return {name: float(np.mean(values)) for name, values in {
-        "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-        "rewards/accuracies": chosen > rejected, "logps/chosen": policy_chosen,
-        "logps/rejected": policy_rejected}.items()}
-
-
-def masses(model, prefer, rng, map_fn, answers=20):
-    """Where the probability lies: shares of answers to held-out targets, sampled at temperature 1, by kind."""
+def masses(model, prefer, rng, map_fn=map, answers=20):
+    """Where the probability lies: the kinds of answers to held-out targets, in shares."""
     lines = evaluation.sample(model, data.HELD_OUT * answers, 1.0, rng, map_fn)
-    kinds = dict.fromkeys(("right, preferred", "right, other count", "wrong sum", "does not parse"), 0)
+    kinds = dict.fromkeys(plots.KINDS, 0)
     for line in lines:
         parsed = data.read(line)
         if parsed is None:
@@ -154,9 +154,18 @@ def masses(model, prefer, rng, map_fn, answers=20):
     return {kind: count / len(lines) for kind, count in kinds.items()}
 
 
+def report(row, progress):
+    """Print one round."""
+    if row["pairs"] == 0:
+        print(f"round {row['round']}: no target had both a preferred and another answer; skipped")
+    else:
+        progress.show(row["round"], f"loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
+                      f"accuracy {row['rewards/accuracies']:.2f}  pairs {row['pairs']}")
+
+
 def main(arguments):
-    """Train from the SFT checkpoint, show before and after, and write checkpoint, facts and pictures."""
-    out, prefer = arguments.out, arguments.prefer
+    """Train from the SFT checkpoint, show before and after, write checkpoint and pictures."""
+    out, prefer, rounds = arguments.out, arguments.prefer, arguments.rounds
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     rng = np.random.default_rng(arguments.seed)
     with ThreadPoolExecutor(arguments.threads) as pool:
@@ -165,21 +174,17 @@ def main(arguments):
                 return rule_pairs(arguments.prompts, prefer, rng)
             return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, pool.map)
 
-        progress, history = Progress(arguments.rounds), []
-        measure = max(1, arguments.rounds // 40)
-        for row in train(model, reference, make_pairs, arguments.rounds, arguments.beta, arguments.lr, pool.map):
-            if row["round"] % measure == 0:
+        progress, history = Progress(rounds, "round"), []
+        for row in train(model, reference, make_pairs, rounds, arguments.beta, arguments.lr,
+                         pool.map):
+            if row["round"] % max(1, rounds // 40) == 0:
                 row["masses"] = masses(model, prefer, np.random.default_rng(0), pool.map)
             history.append(row)
-            if row["pairs"] == 0:
-                print(f"round {row['round']}: no prompt had both a preferred and another answer; skipped")
-            else:
-                progress.show(row["round"], f"loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
-                                            f"accuracy {row['rewards/accuracies']:.2f}  pairs {row['pairs']}")
+            report(row, progress)
         seconds = progress.seconds()
-        before, after = (evaluation.evaluate(m, 0, prefer, pool.map) for m in (reference, model))
-    rows = [{"checkpoint": name, **row} for name, results in (("SFT", before), ("DPO", after)) for row in results]
-    model.save(out, prefer=prefer)
+        rows = [{"checkpoint": name, **row} for name, m in (("SFT", reference), ("DPO", model))
+                for row in evaluation.evaluate(m, 0, prefer, pool.map)]
+    model.save(out, prefer=prefer, beta=arguments.beta)
     write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
                                           "history": history, "metrics": rows})
     plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"), prefer)
@@ -187,5 +192,5 @@ def main(arguments):
     print(f"\n{evaluation.table(rows, prefer)}\n")
     for target in evaluation.EXAMPLES:
         for name, m in (("SFT", reference), ("DPO", model)):
-            print(name, evaluation.shown(evaluation.answers_to(m, target, 0, 1.0, 0)[0]))
+            print(f"{name}  {evaluation.shown(evaluation.answers_to(m, target, 0)[0])}")
     print(f"\nwrote {out}; now try: python eval.py {out} --prompt 100")

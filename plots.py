@@ -1,95 +1,133 @@
-"""Every picture. Drawn on white, so that they read the same on light and dark pages."""
+"""Every picture. Drawn on white, so that they read the same on light and on dark pages."""
 from matplotlib.figure import Figure
 
 import data
 from transformer import atomic_write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#e08214", "#3a923a", "#c03d3e", "#8c8c8c"
-KINDS = {"right, preferred": GREEN, "right, other count": BLUE, "wrong sum": RED, "does not parse": GREY}
+KINDS = {"right, preferred": GREEN, "right, other count": BLUE,  # of answers, with their colours
+         "wrong sum": RED, "does not parse": GREY}
 
 
-def _axes(rows=1, columns=1, size=(6.4, 4.0), **options):
-    figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
-    for ax in axes:
+def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
+    """A figure and a flat list of its axes, in the style of all pictures here."""
+    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+    grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for ax in grid:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         ax.set_axisbelow(True)
-    return figure, axes
+    return figure, grid
 
 
-def _save(figure, path):
+def save(figure, path):
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
-def _smooth(values, window):
-    """Means of successive windows, and the place of each."""
-    window = max(1, window)
-    starts = range(0, len(values) - window + 1, window)
-    return [start + window / 2 for start in starts], [sum(values[s:s + window]) / window for s in starts]
-
-
 def sft_loss(losses, path):
-    """The SFT loss over training steps."""
-    figure, (ax,) = _axes()
-    ax.plot(*_smooth(losses, len(losses) // 200), color=BLUE)
+    """The SFT loss over steps, in means of a two-hundredth of the run each."""
+    window = max(1, len(losses) // 200)
+    starts = range(0, len(losses) - window + 1, window)
+    figure, (ax,) = axes()
+    ax.plot([start + window / 2 for start in starts],
+            [sum(losses[start:start + window]) / window for start in starts], color=BLUE)
     ax.set(xlabel="step", ylabel="loss (nats per completion token)", title="SFT")
-    _save(figure, path)
-
-
-def _bars(ax, row, prefer):
-    """The distribution of the number of terms of one row of metrics, in percent of all answers."""
-    terms = list(range(data.MIN_TERMS, data.MAX_TERMS + 1))
-    shares = [100 * row["counts"].get(str(k), 0) / row["n"] for k in terms]
-    bars = ax.bar([str(k) for k in terms], shares, color=[ORANGE if k == prefer else BLUE for k in terms])
-    ax.bar_label(bars, fmt="%.0f %%")
-    error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
-    ax.set(xlabel="number of terms", ylim=(0, 110),
-           title=f"{row['checkpoint']}: mean error {error}, exact {100 * row['exact']:.1f} %, "
-                 f"format {100 * row['format']:.1f} %")
-    ax.title.set_fontsize(10)
-
-
-def _held_out_sampled(rows):
-    return [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
+    save(figure, path)
 
 
 def distribution(rows, path, prefer=3):
-    """The number of terms in answers to held-out targets at temperature 1, a panel for each checkpoint."""
-    rows = _held_out_sampled(rows)
-    figure, axes = _axes(1, len(rows), size=(5.6 * len(rows), 3.8), sharey=True)
-    for ax, row in zip(axes, rows):
-        _bars(ax, row, prefer)
-    axes[0].set_ylabel("answers to held-out targets (%)")
-    _save(figure, path)
+    """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
+    rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
+    figure, grid = axes(1, len(rows), size=(5.4 * len(rows), 3.6), sharey=True)
+    counts = range(data.MIN_TERMS, data.MAX_TERMS + 1)
+    for ax, row in zip(grid, rows):
+        bars = ax.bar([str(k) for k in counts],
+                      [100 * row["counts"][str(k)] / row["n"] for k in counts],
+                      color=[ORANGE if k == prefer else BLUE for k in counts])
+        ax.bar_label(bars, fmt="%.0f %%")
+        error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
+        ax.set(xlabel="number of terms", ylim=(0, 108))
+        ax.set_title(f"{row['checkpoint']}: mean error {error}, exact {100 * row['exact']:.1f} %, "
+                     f"format {100 * row['format']:.1f} %", fontsize=10)
+    grid[0].set_ylabel("answers to held-out targets (%)")
+    save(figure, path)
+
+
+def lines(ax, history, names, title):
+    """Columns of a DPO run's log over its rounds: names is {column: colour}."""
+    rows = [row for row in history if row["pairs"]]
+    for name, colour in names.items():
+        ax.plot([row["round"] for row in rows], [row[name] for row in rows], color=colour,
+                label=name, linewidth=1)
+    ax.set(title=title, xlabel="round")
+    if len(names) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def answer_kinds(ax, history, title="answers to held-out targets"):
+    """Shares of the four kinds of answers, stacked, over the rounds of a DPO run."""
+    measured = [row for row in history if "masses" in row]
+    shares = [[row["masses"][kind] for row in measured] for kind in KINDS]
+    ax.stackplot([row["round"] for row in measured], shares, labels=KINDS, colors=KINDS.values())
+    ax.set(title=title, xlabel="round", ylim=(0, 1))
+    ax.legend(fontsize=8, loc="lower right")
 
 
 def dpo_training(history, path):
-    """Loss, rewards, accuracy, log-probabilities and what the answers are, over the rounds of a DPO run."""
-    rows = [row for row in history if row["pairs"]]
-    rounds = [row["round"] for row in rows]
-    figure, axes = _axes(2, 3, size=(13, 6.5))
-    panels = [("loss", {"loss": BLUE}), ("reward", {"rewards/chosen": GREEN, "rewards/rejected": RED,
-                                                    "rewards/margins": GREY}),
-              ("accuracy", {"rewards/accuracies": BLUE}),
-              ("log-probability of a completion", {"logps/chosen": GREEN, "logps/rejected": RED})]
-    for ax, (title, names) in zip(axes, panels):
-        for name, color in names.items():
-            ax.plot(rounds, [row[name] for row in rows], color=color, label=name, linewidth=1)
-        ax.set(title=title, xlabel="round")
-        if len(names) > 1:
-            ax.legend(frameon=False, fontsize=8)
-    answer_kinds(axes[4], history)
-    axes[5].plot(rounds, [row["pairs"] for row in rows], color=GREY, linewidth=1)
-    axes[5].set(title="pairs in the round", xlabel="round")
-    _save(figure, path)
+    """Loss, rewards, accuracy, log-probabilities, pairs and answers over the rounds of a run."""
+    figure, grid = axes(2, 3, size=(13, 6.5))
+    lines(grid[0], history, {"loss": BLUE}, "loss")
+    lines(grid[1], history, {"rewards/chosen": GREEN, "rewards/rejected": RED,
+                             "rewards/margins": GREY}, "rewards")
+    lines(grid[2], history, {"rewards/accuracies": BLUE}, "accuracy: chosen reward above rejected")
+    lines(grid[3], history, {"logps/chosen": GREEN, "logps/rejected": RED},
+          "log-probability of a completion")
+    lines(grid[4], history, {"pairs": BLUE}, "pairs")
+    answer_kinds(grid[5], history)
+    save(figure, path)
 
 
-def answer_kinds(ax, history):
-    """Shares of four kinds of answers to held-out targets, stacked, over the rounds of a DPO run."""
-    measured = [row for row in history if "masses" in row]
-    ax.stackplot([row["round"] for row in measured], *([row["masses"][kind] for row in measured] for kind in KINDS),
-                 labels=KINDS, colors=KINDS.values())
-    ax.set(title="answers to held-out targets", xlabel="round", ylim=(0, 1))
-    ax.legend(frameon=True, fontsize=8, loc="center right")
+def lesson(runs, path):
+    """What DPO does to the answers, for each of {title: history}: kinds of answers, and logps."""
+    figure, grid = axes(2, len(runs), size=(5.6 * len(runs), 7), sharey="row")
+    for i, (title, history) in enumerate(runs.items()):
+        answer_kinds(grid[i], history, title)
+        lines(grid[len(runs) + i], history, {"logps/chosen": GREEN, "logps/rejected": RED},
+              "log-probability of a completion")
+    save(figure, path)
+
+
+def credit(rows, beta, path):
+    """[(title, tokens), ...]: completions by token, coloured by beta (log pi - log pi_ref)."""
+    figure, grid = axes(len(rows), 1, size=(9, 1.5 * len(rows) + 0.3))
+    scale = max(abs(value) for _, tokens in rows for _, value in tokens) or 1.0
+    for ax, (title, tokens) in zip(grid, rows):
+        values = [[value for _, value in tokens]]
+        image = ax.imshow(values, cmap="PiYG", vmin=-scale, vmax=scale, aspect="auto")
+        for i, (token, value) in enumerate(tokens):
+            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=10)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.set_title(f"{title}   reward {sum(values[0]):+.1f}", fontsize=10, loc="left")
+    figure.colorbar(image, ax=list(grid), label=f"{beta:g} (log pi - log pi_ref)")
+    save(figure, path)
+
+
+def beta_sweep(points, path):
+    """Preferred and exact answers against the divergence from the reference, one point a beta.
+
+    `points` is a list of dicts with beta, divergence (nats), preferred and exact.
+    """
+    figure, (ax,) = axes()
+    points = sorted(points, key=lambda point: point["divergence"])
+    for name, colour in (("preferred", ORANGE), ("exact", BLUE)):
+        ax.plot([p["divergence"] for p in points], [p[name] for p in points], "o-", color=colour,
+                label=name)
+    for p in points:
+        ax.annotate(f"{p['beta']:g}", (p["divergence"], min(p["preferred"], p["exact"])),
+                    textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
+    ax.set(xlabel="KL(policy || reference), nats per answer", ylabel="share of sampled answers",
+           title="held-out targets, labelled by beta")
+    ax.legend(frameon=False)
+    save(figure, path)

@@ -16,39 +16,45 @@ import plots
 from cli import Progress, UserError, settings
 from transformer import Config, Transformer, write_json
 
-SHARD = 64  # lines; smaller shards cost more calls, larger ones leave the cache
+SHARD = 64  # lines on one tape: fewer cost more calls, and threads more waits; more leave the cache
 
 
 def completion_logps(model, ids):
     """log p(completion | prompt) of each line: int (B, T) -> (B,).
 
-    The sum of log p(token | tokens before it) over the tokens after `=`, up to and with the end token.
+    The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
     """
     token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])  # (B, T - 1)
     return (token_logps * data.completion_mask(ids)[:, 1:]).sum(axis=1)
 
 
 def sft_loss(model, ids, n_tokens=None):
-    """- mean over completion tokens of log p(token | prefix): int (B, T) -> scalar.
+    """- mean over completion tokens of log p(token | prefix): int (B, T) -> scalar Tensor.
 
-    A shard of a larger batch passes the whole batch's number of completion tokens as `n_tokens`; the losses
-    of the shards then add up to that of the batch.
+    A shard of a larger batch passes the number of completion tokens of the whole batch, `n_tokens`:
+    the losses of the shards then add up to that of the batch.
     """
     return -completion_logps(model, ids).sum() / (n_tokens or data.completion_mask(ids).sum())
 
 
-def train(model, steps, batch_size, lr, rng, map_fn):
-    """The SFT loop. Trains `model` in place and yields (step, loss, learning rate) after every step."""
+def train(model, steps, batch_size, lr, rng, map_fn=map):
+    """The SFT loop: trains `model` in place, yields (step, loss, learning rate) after each step.
+
+    Raises UserError if the loss is no longer finite.
+    """
     parameters = model.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.95))
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())
-        losses = value_and_grad(lambda shard: sft_loss(model, *shard, n_tokens), parameters,
-                                data.by_length(ids, size=SHARD), map_fn)
-        loss = math.fsum(losses)
+
+        def shard_loss(shard):
+            return sft_loss(model, *shard, n_tokens)
+
+        shards = data.by_length(ids, size=SHARD)
+        loss = math.fsum(value_and_grad(shard_loss, parameters, shards, map_fn))
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr than {lr:g}")
+            raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
         optimizer.step()
@@ -56,7 +62,7 @@ def train(model, steps, batch_size, lr, rng, map_fn):
 
 
 def main(arguments):
-    """Train from scratch, show the metrics and some answers, and write checkpoint, facts and pictures."""
+    """Train from scratch, show metrics and some answers, write checkpoint, facts and pictures."""
     out, batch_size = arguments.out, arguments.batch_size
     try:
         config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
@@ -64,16 +70,19 @@ def main(arguments):
     except ValueError as error:
         raise UserError(error) from None
     model = Transformer(config, arguments.seed)
-    print(f"{sum(p.size for p in model.parameters()):,} parameters, {arguments.steps * batch_size:,} lines")
-    rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own beside the weights'
+    size = sum(p.size for p in model.parameters())
+    print(f"{size:,} parameters, {arguments.steps * batch_size:,} lines to learn from")
+    rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
     with ThreadPoolExecutor(arguments.threads) as pool:
-        progress, losses = Progress(arguments.steps), []
-        for step, loss, lr in train(model, arguments.steps, batch_size, arguments.lr, rng, pool.map):
+        progress, losses = Progress(arguments.steps, "step"), []
+        for step, loss, lr in train(model, arguments.steps, batch_size, arguments.lr, rng,
+                                    pool.map):
             losses.append(loss)
-            progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {step * batch_size / progress.seconds():,.0f} lines/s")
+            speed = step * batch_size / progress.seconds()
+            progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} lines/s")
         seconds = progress.seconds()
-        metrics = evaluation.evaluate(model, seed=0, map_fn=pool.map)
-    rows = [{"checkpoint": str(out), **row} for row in metrics]
+        rows = [{"checkpoint": str(out), **row} for row in
+                evaluation.evaluate(model, seed=0, map_fn=pool.map)]
     model.save(out)
     write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
                                           "history": {"loss": losses}, "metrics": rows})
@@ -81,5 +90,5 @@ def main(arguments):
     plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"))
     print(f"\n{evaluation.table(rows)}\n")
     for target in evaluation.EXAMPLES:
-        print(evaluation.shown(evaluation.answers_to(model, target, 0, 1.0, 0)[0]))
-    print(f"\nwrote {out}; next: python dpo.py")
+        print(evaluation.shown(evaluation.answers_to(model, target, 0)[0]))
+    print(f"\nwrote {out}; next: python dpo.py --beta 0.8")

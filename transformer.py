@@ -3,13 +3,13 @@ import dataclasses
 import json
 import os
 import tempfile
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
 
-from tinygrad_lite import Tensor, functional as F, no_grad
+import data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Config:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         if self.d_model // self.n_heads % 2:
-            raise ValueError(f"d_model / n_heads is {self.d_model // self.n_heads}, an odd head size; rotary "
-                             f"positions turn pairs, so make it even")
+            raise ValueError(f"d_model / n_heads is {self.d_model // self.n_heads}, an odd head "
+                             f"size; rotary positions turn pairs of features")
 
 
 class Transformer:
-    """x += attention(norm(x)); x += mlp(norm(x)) in each block, no biases, rotary positions, untied head."""
+    """x += attention(norm(x)); x += mlp(norm(x)) in each block: Llama's, without biases."""
 
     def __init__(self, config, seed=0):
         self.config = config
@@ -44,8 +44,8 @@ class Transformer:
             if len(shape) == 1:
                 data = np.ones(shape, np.float32)
             else:
-                # Variance 1 / inputs keeps activations near 1; what is added to the residual stream starts
-                # smaller, since 2 n_layers of them add up (Radford et al. 2019, section 2.3).
+                # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
+                # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
                 std = 1.0 if name == "embedding" else shape[0] ** -0.5
                 if name.endswith(("attention_out", "down")):
                     std /= (2 * config.n_layers) ** 0.5
@@ -62,8 +62,8 @@ class Transformer:
     def __call__(self, ids, caches=None):
         """Logits of the next token at every position: int (B, T) -> (B, T, V).
 
-        `caches`, one KeyValueCache a layer, stand for the positions before these ids. Raises ValueError for
-        ids that are not an integer array (B, T) of ids in the vocabulary.
+        `caches`, one KeyValueCache a layer, stand for the positions before these ids. Raises
+        ValueError for ids that are not integers (B, T) within the vocabulary.
         """
         ids = self._checked(ids)
         config, p = self.config, self._parameters
@@ -87,27 +87,27 @@ class Transformer:
             raise ValueError(f"ids must be in 0 ... {self.config.vocab_size - 1}")
         return ids
 
-    def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=None):
-        """Continue each prompt: lists of ids -> lists of ids, the new tokens only, with the end token.
+    def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=data.END):
+        """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
 
-        Greedy at temperature 0, otherwise sampled from softmax(logits / temperature) with `rng`. A row stops
-        at `end` or after max_new_tokens. All rows advance together, one column a step; a row whose prompt
-        is longer is still fed its prompt while others already write, so nothing is padded.
+        Greedy at temperature 0, else sampled from softmax(logits / temperature) with `rng`, a NumPy
+        Generator; a row stops at `end` or after max_new_tokens. All rows advance together, a column
+        a step. A row with a longer prompt is still fed it while others write: nothing is padded.
         """
         if temperature and rng is None:
             raise ValueError("sampling at a temperature needs rng, a numpy Generator")
-        lengths = np.array([len(ids) for ids in prompts])
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
+        lengths = np.array([len(ids) for ids in prompts])
         if lengths.min() < 1:
             raise ValueError("a prompt needs at least one token")
         total = lengths.max() + max_new_tokens
-        text = np.zeros((len(prompts), total), dtype=np.int64)  # (B, prompt + new)
+        text = np.zeros((len(prompts), total), dtype=np.int64)  # (B, total)
         for row, ids in zip(text, prompts):
             row[:len(ids)] = ids
-        stops = lengths + max_new_tokens  # (B,), lowered to where a row ends
+        stops = lengths + max_new_tokens  # (B,): lowered to where a row ends
         caches = [F.KeyValueCache(total) for _ in range(self.config.n_layers)]
-        live, fed = np.arange(len(prompts)), 0  # rows still writing; columns in the caches
+        live, fed = np.arange(len(prompts)), 0  # the rows still going; the columns in the caches
         for column in range(lengths.min(), total):
             with no_grad():
                 logits = self(text[live, fed:column], caches).data[:, -1]  # (live, V)
@@ -115,27 +115,25 @@ class Transformer:
             writing = column >= lengths[live]
             new = _choose(logits, temperature, rng)
             text[live[writing], column] = new[writing]
-            if end is not None:
-                ended = live[writing & (new == end)]
-                stops[ended] = column + 1
+            stops[live[writing & (new == end)]] = column + 1
             going = stops[live] > column + 1
-            if not going.all():
+            if not going.any():
+                break
+            if not going.all():  # finished rows leave the batch
                 live = live[going]
-                if not live.size:
-                    break
                 for cache in caches:
                     cache.keep(going)
         return [row[length:stop].tolist() for row, length, stop in zip(text, lengths, stops)]
 
     def save(self, path, **extra):
-        """Write an .npz checkpoint of weights, config and `extra` facts; an earlier file stays whole until the end."""
+        """Write weights, config and `extra` facts as .npz; an earlier file stays whole."""
         config = json.dumps({**dataclasses.asdict(self.config), **extra})
         with atomic_write(path) as file:
-            np.savez(file, config=np.array(config), **{n: p.data for n, p in self._parameters.items()})
+            np.savez(file, config=config, **{n: p.data for n, p in self._parameters.items()})
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint. Raises FileNotFoundError, or ValueError for a file that is no whole checkpoint."""
+        """The model of a checkpoint. Raises FileNotFoundError, or ValueError for a damaged file."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
@@ -143,19 +141,23 @@ class Transformer:
             with np.load(path, allow_pickle=False) as archive:  # a pickle could run code
                 arrays = {name: archive[name] for name in archive.files}
             fields = json.loads(arrays.pop("config").item())
-            names = [field.name for field in dataclasses.fields(Config)]
-            model = cls(Config(**{name: fields[name] for name in names}))
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile,
-                zipfile.zlib.error, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a whole checkpoint ({error})") from error
-        for name, parameter in model.named_parameters().items():
+            config = Config(**{f.name: fields[f.name] for f in dataclasses.fields(Config)})
+        except Exception as error:  # NumPy, zipfile and json raise a dozen kinds for damaged files
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is not a whole checkpoint ({reason})") from error
+        # Compared before anything of the sizes in `config` is allocated: they may be damaged, too.
+        if 6 * config.n_layers + 3 != len(arrays):
+            raise ValueError(f"{path} holds {len(arrays)} arrays, not those of its config")
+        for name, shape in parameter_shapes(config).items():
             array = arrays.get(name)
-            if array is None or array.shape != parameter.shape or array.dtype.kind != "f":
-                found = "nothing" if array is None else f"{array.dtype}{array.shape}"
-                raise ValueError(f"{path}: {name} should be float32{parameter.shape}, found {found}")
+            if array is None or array.shape != shape or array.dtype.kind != "f":
+                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                raise ValueError(f"{path}: {name} should be float32 {shape}, found {found}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
-            parameter.data = array.astype(np.float32)
+        model = cls(config)
+        for name, parameter in model._parameters.items():
+            parameter.data = arrays[name].astype(np.float32)
         return model
 
 
@@ -164,37 +166,38 @@ def parameter_shapes(config):
     d, f, v = config.d_model, config.d_hidden, config.vocab_size
     block = {"attention_norm": (d,), "qkv": (d, 3 * d), "attention_out": (d, d),
              "mlp_norm": (d,), "gate_up": (d, 2 * f), "down": (f, d)}
-    return {"embedding": (v, d),
-            **{f"blocks.{i}.{name}": shape for i in range(config.n_layers) for name, shape in block.items()},
-            "norm": (d,), "head": (d, v)}
+    blocks = {f"blocks.{i}.{name}": shape
+              for i in range(config.n_layers) for name, shape in block.items()}
+    return {"embedding": (v, d), **blocks, "norm": (d,), "head": (d, v)}
 
 
 def _choose(logits, temperature, rng):
     """One token id for each row: (B, V) -> (B,)."""
     if not temperature:
         return logits.argmax(axis=1)
-    scaled = logits / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    cumulative = np.cumsum(np.exp(scaled, dtype=np.float64), axis=1)  # (B, V)
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is as good
+        scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    cumulative = np.cumsum(np.exp(scaled), axis=1)  # (B, V)
     draw = rng.random((len(logits), 1)) * cumulative[:, -1:]
     return (cumulative <= draw).sum(axis=1)
 
 
 @contextmanager
 def atomic_write(path):
-    """A binary file that takes its place at `path` only once it is whole and on disk, whatever happens before."""
+    """A binary file that takes its place at `path` only once it is whole and on disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
         raise
 
 

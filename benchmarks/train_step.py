@@ -149,15 +149,15 @@ def quickest_layout(times, n, k, m):
 # PyTorch.
 
 def torch_eager_step(size, threads, map_fn):
-    return torch_step(size, threads, lambda loss: loss)
+    return torch_step(size, threads, torch_loss)
 
 
 def torch_compile_step(size, threads, map_fn):
     import torch
-    return torch_step(size, threads, torch.compile)
+    return torch_step(size, threads, lambda *arguments: torch.compile(torch_loss(*arguments, True)))
 
 
-def torch_step(size, threads, wrap):
+def torch_step(size, threads, make_loss):
     import torch
     torch.set_num_threads(threads)
     model, ids = model_and_batch(size)
@@ -170,7 +170,7 @@ def torch_step(size, threads, wrap):
         weights[name] = weight.clone(memory_format=torch.contiguous_format).requires_grad_()
     parameters = list(weights.values())
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS, EPS, fused=True)
-    loss_fn = wrap(torch_loss(size, weights))
+    loss_fn = make_loss(size, weights)
 
     def step():
         optimizer.zero_grad()
@@ -182,8 +182,11 @@ def torch_step(size, threads, wrap):
     return step
 
 
-def torch_loss(size, p):
-    """The loss as a function of ids (B, T) and targets (B T,)."""
+def torch_loss(size, p, compiled=False):
+    """The loss as a function of ids (B, T) and targets (B T,).
+
+    Rotary positions as eager runs them quickest, in few calls, or as the compiler does, from slices.
+    """
     import torch
     import torch.nn.functional as TF
     width, half = (size.d_model,), size.d_model // size.n_heads // 2
@@ -192,7 +195,9 @@ def torch_loss(size, p):
     def attention(qkv):
         heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
         qk = heads[:2]
-        q, k = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
+        swapped = (torch.cat((qk[..., half:], qk[..., :half]), -1) if compiled
+                   else qk.roll(half, -1))
+        q, k = torch.addcmul(qk * cos, swapped, sin)
         out = TF.scaled_dot_product_attention(q, k, heads[2], is_causal=True)
         return out.transpose(1, 2).flatten(2)
 

@@ -42,7 +42,7 @@ def tape(root):
 
 
 def tiny_model(seed=0, dtype=np.float32, vocab_size=7, n_layers=2):
-    """A whole model of some 900 parameters; in float64, rounding neither hides nor fakes anything."""
+    """A whole model of some 900 parameters; in float64, rounding cannot blur a comparison."""
     model = Transformer(Config(vocab_size, d_model=8, n_layers=n_layers, n_heads=2, d_hidden=6,
                                max_len=16), seed=seed)
     for parameter in model.parameters():

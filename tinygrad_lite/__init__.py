@@ -1,7 +1,7 @@
 """A reverse-mode autograd engine on NumPy arrays, with the fused ops a Transformer needs.
 
-The order of the two lines below matters: OpenBLAS reads its thread count when NumPy loads. One BLAS
-thread for each product leaves the cores to `parallel`, which gives every core whole lines of its own.
+The first statement must come before NumPy loads, when OpenBLAS reads its thread count. One BLAS
+thread for each product leaves the cores to `parallel`, which gives each of them whole lines.
 """
 import os
 
@@ -13,5 +13,5 @@ from .optim import Adam, clip_grad_norm, cosine_schedule  # noqa: E402
 from .parallel import value_and_grad  # noqa: E402
 from .tensor import Tensor, no_grad  # noqa: E402
 
-__all__ = ["Adam", "Tensor", "clip_grad_norm", "cosine_schedule", "functional", "gradcheck", "no_grad",
-           "value_and_grad"]
+__all__ = ["Adam", "Tensor", "clip_grad_norm", "cosine_schedule", "functional", "gradcheck",
+           "no_grad", "value_and_grad"]

@@ -1,9 +1,9 @@
-"""The fused ops a Transformer needs: one node on the tape each, with the gradient derived by hand.
+"""The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
-Shapes are the usual (..., D). In memory, though, results lie features first, as a (D, N) matrix of one
-column for each of the N = B T positions: sums over features, halves of features and factors for each
-position then become long contiguous rows, which NumPy works through several times as fast as through
-short ones. The formulas below are in columns, too: y = W^T x.
+Shapes are the usual (..., D). In memory, though, results lie features first: a (D, N) matrix with
+one column for each of the N = B T positions. Sums over features, halves of features and factors for
+each position are then long contiguous rows, which NumPy works through several times as fast as
+through short ones. The formulas are in columns, too: y = W^T x.
 """
 import math
 from functools import lru_cache
@@ -33,14 +33,14 @@ def linear(x, weight):
     def backward(grad):
         grad = _columns(grad)  # (m, N)
         return _from_columns(weight.data @ grad, x.shape), (grad @ columns.T).T
-    out = weight.data.T @ columns  # (m, N)
-    return Tensor(_from_columns(out, (*x.shape[:-1], len(out))), parents=(x, weight), backward=backward)
+    out = _from_columns(weight.data.T @ columns, (*x.shape[:-1], weight.shape[1]))
+    return Tensor(out, parents=(x, weight), backward=backward)
 
 
 def embedding(weight, ids):
     """Row ids[b, t] of weight: (V, D), int (B, T) -> (B, T, D).
 
-    As y = W^T onehot, dL/dW = onehot (dL/dy)^T: a product, twenty times as fast as scattered adds.
+    As y = W^T onehot, dL/dW = onehot (dL/dy)^T: a product, far faster than scattered additions.
     """
     def backward(grad):
         onehot = np.zeros((weight.shape[0], ids.size), weight.dtype)  # (V, N)
@@ -51,10 +51,10 @@ def embedding(weight, ids):
 
 
 def rms_norm(x, weight, eps=1e-6):
-    """x / rms(x) * weight over the last axis, rms(x) = sqrt(mean(x^2) + eps): (..., D), (D,) -> (..., D).
+    """x / rms(x) * weight over the last axis, rms(x) = sqrt(mean(x^2) + eps): (..., D) -> (..., D).
 
-    Zhang & Sennrich 2019, Eq. 4. Backward: let n = x / rms, y = n w, g = dL/dy w. Since
-    d rms / dx_j = x_j / (D rms), dn_i/dx_j = (delta_ij - n_i n_j / D) / rms, so
+    Zhang & Sennrich 2019, Eq. 4. Let n = x / rms and g = dL/dy w, where y = n w. Since
+    d rms / dx_j = x_j / (D rms), dn_i / dx_j = (delta_ij - n_i n_j / D) / rms. Therefore
         dL/dx = (g - n mean(g n)) / rms        dL/dw = sum over positions of dL/dy n
     """
     columns, scale = _columns(x.data), weight.data[:, None]  # (D, N), (D, 1)
@@ -69,7 +69,8 @@ def rms_norm(x, weight, eps=1e-6):
         grad_x -= normed * (np.einsum("dn,dn->n", grad_x, normed) / size)
         grad_x *= inverse_rms
         return _from_columns(grad_x, x.shape), grad_weight
-    return Tensor(_from_columns(normed * scale, x.shape), parents=(x, weight), backward=backward)
+    out = _from_columns(normed * scale, x.shape)
+    return Tensor(out, parents=(x, weight), backward=backward)
 
 
 def swiglu(gate_up):
@@ -85,8 +86,7 @@ def swiglu(gate_up):
     silu = gate * sigmoid
 
     def backward(grad):
-        grad = _columns(grad)
-        out = np.empty_like(columns)
+        grad, out = _columns(grad), np.empty_like(columns)
         grad_gate, grad_up = out[:size], out[size:]
         np.multiply(grad, silu, out=grad_up)
         np.subtract(1, sigmoid, out=grad_gate)
@@ -109,14 +109,12 @@ def _sigmoid(x):
 
 
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, finite for any finite x.
+    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, finite for finite x.
 
     d/dx = sigmoid(-x).
     """
-    def backward(grad):
-        return (grad * _sigmoid(-x.data),)
     out = np.minimum(x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
-    return Tensor(out, parents=(x,), backward=backward)
+    return Tensor(out, parents=(x,), backward=lambda grad: (grad * _sigmoid(-x.data),))
 
 
 def token_log_probs(logits, targets):
@@ -124,34 +122,32 @@ def token_log_probs(logits, targets):
 
     log p_k = z_k - log sum_j exp z_j, so d(log p_k)/dz_j = delta_jk - p_j.
     """
-    columns = _columns(logits.data)  # (V, N)
-    targets, at = targets.ravel(), np.arange(targets.size)
+    columns, at = _columns(logits.data), (targets.ravel(), np.arange(targets.size))  # (V, N)
     shifted = columns - columns.max(axis=0)
     probs = np.exp(shifted)
     total = probs.sum(axis=0)  # (N,)
     probs /= total
-    out = shifted[targets, at] - np.log(total)
 
     def backward(grad):
         grad = grad.reshape(-1)  # (N,)
         grad_logits = probs * -grad
-        grad_logits[targets, at] += grad
+        grad_logits[at] += grad
         return (_from_columns(grad_logits, logits.shape),)
-    return Tensor(out.reshape(logits.shape[:-1]), parents=(logits,), backward=backward)
+    out = (shifted[at] - np.log(total)).reshape(targets.shape)
+    return Tensor(out, parents=(logits,), backward=backward)
 
 
 def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
-    """Rotary causal self-attention: (B, T, 3D) = [q | k | v], heads side by side in each -> (B, T, D).
+    """Rotary causal attention: (B, T, 3D) = [q | k | v], heads side by side in each -> (B, T, D).
 
-    For one head of width d, with R_t the rotation of position t (Su et al. 2021, Eq. 34), for j <= i:
+    Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34). For
+    one head of width d and j <= i:
         S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)        P = softmax of S over j        O = P V
-    Vaswani et al. 2017, Eq. 1. Backward, with G = dL/dO:
-        dL/dV = P^T G                            dL/dP = G V^T
-        dL/dS = P (dL/dP - sum over j of P dL/dP), elementwise: each row as in token_log_probs
-        dL/d(Rq) = dL/dS (Rk) / sqrt(d)          dL/d(Rk) = dL/dS^T (Rq) / sqrt(d), turned back by R^-1 = R^T
-
-    `cache`, a KeyValueCache, holds the keys and values of earlier positions and takes these; use it inside
-    no_grad.
+    Backward, with G = dL/dO:
+        dL/dV = P^T G        dL/dP = G V^T        dL/dS = P (dL/dP - sum over j of P dL/dP)
+        dL/d(Rq) = dL/dS (Rk) / sqrt(d)           dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
+    and R^T = R^-1 turns these back. `cache`, a KeyValueCache, holds the keys and values of earlier
+    positions and takes these; use it inside no_grad.
     """
     batch, length, width = qkv.shape
     head = width // 3 // n_heads
@@ -163,32 +159,31 @@ def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
     q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (B, H, T, d) each
     if cache:
         k, v = cache.extend(k, v)  # (B, H, past + T, d)
-    # Keys come first in memory, (past + T, B, H, T): the softmax then works on long rows.
-    probs = np.empty((past + length, batch, n_heads, length), qkv.dtype)
-    np.matmul(q, k.swapaxes(-1, -2), out=_rows_of(probs))
+    probs = np.empty((past + length, batch, n_heads, length), qkv.dtype)  # keys first: long rows
+    np.matmul(q, k.swapaxes(-1, -2), out=_keys_last(probs))
     if length > 1:
         probs += _causal_mask(past, length, batch * n_heads, qkv.dtype).reshape(probs.shape)
     probs -= probs.max(axis=0)
     np.exp(probs, out=probs)
     probs /= probs.sum(axis=0)
     out = np.empty((n_heads, head, batch, length), qkv.dtype)
-    np.matmul(_rows_of(probs), v, out=_matrices(out))
+    np.matmul(_keys_last(probs), v, out=_matrices(out))
 
     def backward(grad):
         grad = _matrices(_columns(grad).reshape(out.shape))  # (B, H, T, d)
         grad_heads, grad_rotated = np.empty_like(heads), np.empty_like(rotated)
         grad_scores = np.empty_like(probs)
-        np.matmul(_rows_of(probs).swapaxes(-1, -2), grad, out=_matrices(grad_heads[2]))
-        np.matmul(grad, v.swapaxes(-1, -2), out=_rows_of(grad_scores))  # dL/dP, made dL/dS in place
+        np.matmul(_keys_last(probs).swapaxes(-1, -2), grad, out=_matrices(grad_heads[2]))
+        np.matmul(grad, v.swapaxes(-1, -2), out=_keys_last(grad_scores))  # dL/dP, to become dL/dS
         grad_scores -= (probs * grad_scores).sum(axis=0)
         grad_scores *= probs
-        np.matmul(_rows_of(grad_scores), k, out=_matrices(grad_rotated[0]))
-        np.matmul(_rows_of(grad_scores).swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
+        np.matmul(_keys_last(grad_scores), k, out=_matrices(grad_rotated[0]))
+        np.matmul(_keys_last(grad_scores).swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
         grad_rotated[0] *= 1 / math.sqrt(head)
         grad_heads[:2] = _rotate(grad_rotated, cos, -sin)
         return (_from_columns(grad_heads.reshape(width, -1), qkv.shape),)
-    shape = batch, length, width // 3
-    return Tensor(_from_columns(out.reshape(width // 3, -1), shape), parents=(qkv,), backward=backward)
+    shaped = _from_columns(out.reshape(width // 3, -1), (batch, length, width // 3))
+    return Tensor(shaped, parents=(qkv,), backward=backward)
 
 
 def _matrices(x):
@@ -196,19 +191,19 @@ def _matrices(x):
     return x.transpose(2, 0, 3, 1)
 
 
-def _rows_of(scores):
-    """Keys-first scores (S, B, H, T) as a view (B, H, T, S)."""
+def _keys_last(scores):
+    """(keys, B, H, T) as a view (B, H, T, keys)."""
     return scores.transpose(1, 2, 3, 0)
 
 
 @lru_cache(maxsize=64)
 def _causal_mask(past, length, rows, dtype):
-    """-inf where key j lies after query i, j > past + i, else 0: (past + T, rows * T), keys first."""
+    """-inf where key j lies after query i, j > past + i, else 0: (past + T, rows T)."""
     return np.tile(np.tril(np.full((past + length, length), -np.inf, dtype), -1 - past), rows)
 
 
 def _rope_tables(half, past, batch, length, base, dtype):
-    """cos and sin of position * base^(-i / half), (half, B T) each."""
+    """cos and sin of position * base^(-i / half) in row i, for every position: (half, B T) each."""
     frequency = base ** (-np.arange(half) / half)
     angle = frequency[:, None, None] * np.arange(past, past + length)  # (half, 1, T)
     return [np.broadcast_to(table.astype(dtype), (half, batch, length)).reshape(half, -1)
@@ -216,7 +211,7 @@ def _rope_tables(half, past, batch, length, base, dtype):
 
 
 def _rotate(x, cos, sin):
-    """Turn the halves (a, b) of each head by the angles: (a cos - b sin, b cos + a sin). (2, H, d, B, T) -> same."""
+    """Halves (a, b) of each head become (a cos - b sin, b cos + a sin): (2, H, d, B, T) -> same."""
     halves = x.reshape(*x.shape[:2], 2, *cos.shape)  # (2, H, 2, d/2, B T)
     a, b = halves[:, :, 0], halves[:, :, 1]
     out = np.empty_like(halves)
@@ -226,7 +221,7 @@ def _rotate(x, cos, sin):
 
 
 class KeyValueCache:
-    """The rotated keys and the values of the positions that one attention layer has seen.
+    """The rotated keys and the values of the positions one attention layer has seen.
 
     `keys` and `values` have shape (B, H, max_len, d); the first `length` positions are filled.
     """
@@ -235,7 +230,7 @@ class KeyValueCache:
         self.max_len, self.length, self.keys, self.values = max_len, 0, None, None
 
     def extend(self, k, v):
-        """Store k and v (B, H, T, d) behind what is there; return all of it, (B, H, length, d) each."""
+        """Store k and v (B, H, T, d) behind what is there; return all: (B, H, length, d) each."""
         if self.keys is None:
             batch, heads, _, head = k.shape
             self.keys, self.values = np.empty((2, batch, heads, self.max_len, head), k.dtype)

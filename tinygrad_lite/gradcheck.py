@@ -7,17 +7,18 @@ from .tensor import Tensor, no_grad
 def gradcheck(fn, *arrays, step=1e-6):
     """The largest error between backward() and central differences of fn, in float64.
 
-    `fn` takes one Tensor for each array and returns a Tensor of any shape. Its elements are weighted by
-    fixed random numbers, so that errors cannot cancel. The error of an element is |a - b| / max(1, |a|, |b|)
-    with a from backward() and b = (f(x + step) - f(x - step)) / (2 step), whose own error is about 1e-9
-    where values and slopes are near 1.
+    `fn` takes a Tensor for each array and returns one of any shape, whose elements are weighted by
+    fixed random numbers, so that errors cannot cancel. The error of an element is
+    |a - b| / max(1, |a|, |b|), a from backward() and b = (f(x + step) - f(x - step)) / (2 step);
+    where values and slopes are near 1, b itself is off by about 1e-9.
     """
     inputs = [Tensor(np.array(array, dtype=np.float64), requires_grad=True) for array in arrays]
     out = fn(*inputs)
     weights = np.random.default_rng(0).standard_normal(out.shape)
     out.backward(weights)
 
-    def value():
+    def value_at(tensor, index, x):
+        tensor.data[index] = x
         with no_grad():
             return float((fn(*inputs).data * weights).sum())
 
@@ -25,12 +26,9 @@ def gradcheck(fn, *arrays, step=1e-6):
     for tensor in inputs:
         analytic = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
         for index in np.ndindex(tensor.shape):
-            before = tensor.data[index]
-            tensor.data[index] = before + step
-            above = value()
-            tensor.data[index] = before - step
-            below = value()
-            tensor.data[index] = before
-            a, b = analytic[index], (above - below) / (2 * step)
-            worst = max(worst, abs(a - b) / max(1.0, abs(a), abs(b)))
-    return worst
+            x, a = float(tensor.data[index]), analytic[index]
+            b = (value_at(tensor, index, x + step) - value_at(tensor, index, x - step)) / (2 * step)
+            tensor.data[index] = x
+            error = abs(a - b) / max(1.0, abs(a), abs(b))
+            worst = np.maximum(worst, error)  # unlike max(), it keeps a NaN
+    return float(worst)

@@ -5,10 +5,10 @@ import numpy as np
 
 
 class Adam:
-    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), for float32 or float64 parameters.
+    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
 
-    The moments live in one long vector: forty small arrays would cost forty times NumPy's call overhead.
-    A parameter whose .grad is None counts as one with a gradient of zero.
+    The moments lie in one long vector: forty small arrays would cost forty times NumPy's overhead
+    of a call. A parameter whose .grad is None counts as one with a gradient of zero.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
@@ -18,7 +18,8 @@ class Adam:
         self.mean, self.square = np.zeros((2, self.ends[-1]), self.parameters[0].dtype)  # m and v
 
     def step(self):
-        """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)."""
+        """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
+        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) run along."""
         self.steps += 1
         beta1, beta2 = self.betas
         grad = np.concatenate([np.zeros(p.size, p.dtype) if p.grad is None else p.grad.ravel()
@@ -40,7 +41,7 @@ class Adam:
 
 
 def clip_grad_norm(parameters, max_norm):
-    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before."""
+    """Scale the gradients so that their joint norm is at most `max_norm`; return that before."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
     if norm > max_norm:
@@ -50,7 +51,7 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def cosine_schedule(step, total, peak, warmup):
-    """The learning rate of `step` (from 0): linear up to `peak` over `warmup` steps, then a half cosine to 0."""
+    """The learning rate of `step` (from 0): up to `peak` in a line, then a half cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

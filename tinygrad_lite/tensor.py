@@ -28,9 +28,9 @@ class Tensor:
     """An array that remembers how it was computed.
 
     `data`: ndarray, list or number; float32 and float64 arrays keep their dtype, all else becomes
-    float32. `grad`: None, or an array of data's shape and dtype, to which `backward()` adds. `parents`
-    and `backward` are for ops: the Tensors this one was computed from, and the function that turns
-    its gradient into theirs.
+    float32. `grad`: None, or an array of data's shape and dtype, to which `backward()` adds.
+    `parents` and `backward` are for ops: the Tensors this one was computed from, and the function
+    that turns its gradient into theirs.
     """
     __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
@@ -120,7 +120,7 @@ class Tensor:
         if not isinstance(value, Tensor):
             return Tensor(np.asarray(value, dtype=self.dtype))
         if value.dtype != self.dtype:
-            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} tensor; convert one first")
+            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
         return value
 
     # Products, reductions and shapes.
@@ -211,8 +211,9 @@ def gradients(root, grad=None):
             if not parent.requires_grad:
                 continue
             if (parent_grad.shape, parent_grad.dtype) != (parent.shape, parent.dtype):
-                raise RuntimeError(f"{backward.__qualname__}: a {parent_grad.dtype} gradient of shape "
-                                   f"{parent_grad.shape} for a {parent.dtype} tensor {parent.shape}")
+                raise RuntimeError(
+                    f"{backward.__qualname__} returned a {parent_grad.dtype} gradient of shape "
+                    f"{parent_grad.shape} for a {parent.dtype} tensor of shape {parent.shape}")
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
             elif parent not in summed:
@@ -228,9 +229,9 @@ def gradients(root, grad=None):
 
 def _initial_grad(root, grad):
     if not root.requires_grad:
-        raise RuntimeError("backward() of a tensor that was computed from nothing that requires_grad")
+        raise RuntimeError("backward() of a tensor that does not require a gradient")
     if grad is None and root.size != 1:
-        raise ValueError(f"backward() of a tensor of shape {root.shape} needs a gradient of that shape")
+        raise ValueError(f"backward() of shape {root.shape} needs a gradient of that shape")
     grad = np.ones(root.shape, root.dtype) if grad is None else np.asarray(grad, dtype=root.dtype)
     if grad.shape != root.shape:
         raise ValueError(f"a gradient of shape {grad.shape} for a tensor of shape {root.shape}")

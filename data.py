@@ -119,13 +119,17 @@ def completion_mask(ids):
 
 
 def by_length(*arrays, size):
-    """Cut arrays of lines, ids (N, T) each, into shards of `size` rows of like length.
+    """Cut arrays of lines, ids (N, T) each, into shards of about `size` rows of like length.
 
     Row i of every array stays with row i of the others. The longest lines come first, and each
-    shard is cut to its longest: otherwise a third of all positions would be padding. Returns a list
-    of tuples with one array for each given.
+    shard is cut to its longest: otherwise a third of all positions would be padding. Shards of long
+    lines get fewer rows, so that all have about as many tokens and no thread waits for another.
+    Returns a list of tuples with one array for each given.
     """
     lengths = np.max([(ids != PAD).sum(axis=1) for ids in arrays], axis=0)  # (N,)
     order = np.argsort(-lengths, kind="stable")
+    n_shards = -(-len(order) // size)
+    tokens = np.cumsum(lengths[order])
+    starts = np.searchsorted(tokens, tokens[-1] * np.arange(1, n_shards) / n_shards)
     return [tuple(ids[rows, :lengths[rows[0]]] for ids in arrays)
-            for rows in np.split(order, range(size, len(order), size))]
+            for rows in np.split(order, starts) if len(rows)]

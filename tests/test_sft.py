@@ -143,6 +143,12 @@ def test_training_reports_every_step(steps):
     assert all(np.isfinite(loss) and loss > 0 for _, loss, *_ in report)
 
 
+def test_the_first_loss_reported_is_that_of_the_first_batch():
+    """Of the whole batch: means of its shards must be weighted before they are added."""
+    _, ((_, loss, *_),) = trained(0, steps=1)
+    assert np.isclose(loss, sft.sft_loss(model_of_the_task(0), random_batch(0, 200)).item())
+
+
 def test_training_moves_every_parameter():
     before = [p.data for p in model_of_the_task(0).parameters()]
     for a, b in zip(before, trained(0, steps=1)[0]):

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 
@@ -24,6 +25,7 @@ def main(program, argv=None):
         out = getattr(arguments, "out", None)
         before = _modified(out)
         _check_writable(out)
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of an overflow: the loops say so
         importlib.import_module(program).main(arguments)
         sys.stdout.flush()
         return 0
@@ -129,7 +131,7 @@ def sft_parser():
     parser = _Parser("sft", "Train a Transformer from scratch to write sums, by supervised "
                             "fine-tuning.")
     add = parser.add_argument
-    add("--steps", type=count, default=16000, help="training steps")
+    add("--steps", type=count, default=14000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
     add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=count, default=48, help="width of the residual stream")
@@ -148,11 +150,11 @@ def dpo_parser():
     add("--pairs", choices=["sampled", "rule"], default="sampled",
         help="the model's own answers, judged; or right sums made by rule, which ruin the model")
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
-    add("--rounds", type=count, default=300, help="rounds of new pairs, with one step each")
+    add("--rounds", type=count, default=500, help="rounds of new pairs, with one step each")
     add("--prompts", type=count, default=128,
         help="targets drawn in a round; with --pairs rule, pairs made in a round")
     add("--answers", type=count, default=8, help="answers sampled for each target")
-    add("--lr", type=positive, default=4e-4, help="peak learning rate of Adam")
+    add("--lr", type=positive, default=1e-3, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"),
         help="the checkpoint to start from: policy and reference")
     parser.add_common("pairs", "runs/dpo.npz")

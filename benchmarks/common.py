@@ -13,6 +13,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,17 +46,14 @@ def model_and_batch(size):
 
 
 def engine_step(size, shard, map_fn):
-    """The engine's training step as a function that returns the loss: as sft.train, on one batch."""
+    """The engine's training step, as in sft.train but on one batch: a function, gives the loss."""
     import numpy as np
-    from tinygrad_lite import Adam, clip_grad_norm, functional as F, value_and_grad
+    from tinygrad_lite import Adam, clip_grad_norm, value_and_grad
     model, ids = model_and_batch(size)
     parameters = model.parameters()
     optimizer = Adam(parameters, LEARNING_RATE, BETAS, EPS)
     shards = np.split(ids, range(shard, len(ids), shard))
-
-    def loss(ids):
-        logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])
-        return -logps.sum() / (size.lines * size.tokens)
+    loss = partial(shard_loss, model, size.lines * size.tokens)
 
     def step():
         losses = value_and_grad(loss, parameters, shards, map_fn)
@@ -63,6 +61,12 @@ def engine_step(size, shard, map_fn):
         optimizer.step()
         return math.fsum(losses)
     return step
+
+
+def shard_loss(model, n_tokens, ids):
+    """A shard's part of the mean of - log p(token | tokens before it) over n_tokens."""
+    from tinygrad_lite import functional as F
+    return -F.token_log_probs(model(ids[:, :-1]), ids[:, 1:]).sum() / n_tokens
 
 
 @contextmanager
@@ -91,9 +95,9 @@ class Contestant(namedtuple("Contestant", "name threads blas_threads", defaults=
 def take_turns(script, contestants, flags, rounds):
     """Run each contestant alone in a process of its own, one after the other, `rounds` times over.
 
-    Two libraries in one process would slow each other down: idle threads of one spin while the other
-    works. Turns spread whatever else the machine does over all. Returns {contestant: [result of each
-    turn]} without those that do not work here, after a message about them on stderr.
+    Two libraries in one process would slow each other down: idle threads of one spin while the
+    other works. Turns spread whatever else the machine does over all. Returns {contestant: [result
+    of each turn]} without those that do not work here, after a message about them on stderr.
     """
     results, reasons = {contestant: [] for contestant in contestants}, set()
     for turn in range(rounds):
@@ -108,7 +112,7 @@ def take_turns(script, contestants, flags, rounds):
                 reasons.add(result["left_out"])
                 continue
             results[contestant].append(result)
-            print(f"turn {turn + 1}/{rounds}  {contestant.name}, {contestant.threads} threads: "
+            print(f"turn {turn + 1}/{rounds}  {contestant.name}, threads {contestant.threads}: "
                   f"{statistics.median(result['times']):.1f} ms", file=sys.stderr)
     return results
 
@@ -159,7 +163,7 @@ def finish(main):
 
 
 def print_table(header, rows):
-    """Columns as wide as their widest cell: the first one left-aligned, the others right-aligned."""
+    """Columns as wide as their widest cell: the first left-aligned, the others right-aligned."""
     lines = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:

@@ -5,25 +5,26 @@
 
 Every op of the engine is wrapped in a clock for the length of the run, its forward and its backward
 function apart, and so are clipping, Adam and the walk over the tape. One thread, so that nothing
-overlaps; medians over the steps. Below the table stands what the step's matrix products take alone,
-the floor of benchmarks/train_step.py. (Not named profile.py: that would hide Python's own module from
-cProfile, and from PyTorch, which imports it.)
+overlaps, and its processor time, which other programs lengthen least: means over the steps, so
+that the parts add up. Below the table stands what the step's matrix products take alone, the floor
+of benchmarks/train_step.py. (Not named profile.py: that would hide Python's own module of this name
+from cProfile, and from PyTorch, which imports it.)
 """
 import argparse
 import functools
 import inspect
 import os
-import statistics
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from common import SIZES, describe, engine_step, finish, print_table, time_calls
+from common import SIZES, describe, engine_step, finish, print_table
 from cli import count
 
-TENSOR_OPS = ("__add__", "__mul__", "__truediv__", "__pow__", "__matmul__", "__getitem__", "exp", "log",
-              "sum", "reshape", "transpose")  # the methods that make a node of their own
+# The methods that make a node of their own.
+TENSOR_OPS = ("__add__", "__mul__", "__truediv__", "__pow__", "__matmul__", "__getitem__", "exp",
+              "log", "sum", "reshape", "transpose")
 WARM_UP = 5
 
 
@@ -31,9 +32,9 @@ def timed(function, name, clock):
     """`function`, adding the milliseconds of each call to clock[name]; a Tensor's backward, too."""
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        start = time.perf_counter()
+        start = time.thread_time()
         out = function(*args, **kwargs)
-        clock[name] += 1000 * (time.perf_counter() - start)
+        clock[name] += 1000 * (time.thread_time() - start)
         if getattr(out, "backward_fn", None):
             out.backward_fn = timed(out.backward_fn, f"{name} backward", clock)
         return out
@@ -57,16 +58,21 @@ def clocks(clock):
 
 
 def profile(size, shard, steps):
-    """{name: median milliseconds in a step}."""
-    clock, records = defaultdict(float), []
+    """{name: mean milliseconds in a step}, the step itself as "total"."""
+    clock = defaultdict(float)
     with clocks(clock):
-        step = timed(engine_step(size, shard, map), "total", clock)
-        for _ in range(WARM_UP + steps):
-            clock.clear()
-            step()
-            records.append(dict(clock))
-    return {name: statistics.median(record[name] for record in records[WARM_UP:])
-            for name in records[-1]}
+        return means(engine_step(size, shard, map), "total", clock, steps)
+
+
+def means(step, name, clock, steps):
+    """What `clock` holds for one step, the step itself under `name`."""
+    for _ in range(WARM_UP):
+        step()
+    clock.clear()
+    step = timed(step, name, clock)
+    for _ in range(steps):
+        step()
+    return {name: milliseconds / steps for name, milliseconds in clock.items()}
 
 
 def rows_of(clock):
@@ -88,7 +94,7 @@ def print_profile(size, shard, steps):
     rows = [(name, f"{forward:.2f}" if forward else "", f"{backward:.2f}",
              f"{100 * (forward + backward) / total:.1f}")
             for name, forward, backward in rows_of(clock)]
-    products = statistics.median(time_calls(products_step(size, 1, map), calls=steps))
+    products = means(products_step(size, 1, map), "products", defaultdict(float), steps)["products"]
     print(f"{describe(size)}, shards of {shard} lines, one thread")
     print_table(("", "forward ms", "backward ms", "%"), [
         *rows, ("step", "", f"{total:.2f}", "100.0"),
@@ -96,7 +102,7 @@ def print_profile(size, shard, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Where the time of a training step goes, op by op.")
+    parser = argparse.ArgumentParser(description="Where the time of a step goes, op by op.")
     add = parser.add_argument
     add("--size", choices=SIZES, default="default", help="of benchmarks/train_step.py")
     add("--shard", type=count, help="lines in a shard; default: as sft.py")

@@ -3,16 +3,17 @@
     python benchmarks/sample.py
     python benchmarks/sample.py --prompts 64 --new-tokens 16 --rounds 2
 
-All continue the same prompts such as `42=` with the same untrained weights, greedily and without an end
-token, so that each answer has the same number of new tokens; the share of equal answers is printed.
-`cache` is Transformer.generate; `no_cache` runs the model on all tokens again for every new one, as
-below; `hugging_face` is LlamaForCausalLM.generate with its own cache. Each runs alone in a process of
-its own, with one thread and with one for each core (this engine gives each thread its share of the
-prompts), the processes take turns, and the better median of the two counts. Hugging Face is left out
-where torch or transformers is not installed.
+All continue the same prompts such as `42=` with the same untrained weights, greedily and without an
+end token, so that each answer has the same number of new tokens; the share of equal answers is
+printed. `cache` is Transformer.generate; `no_cache` runs the model on all tokens again for every
+new one, as below; `hugging_face` is LlamaForCausalLM.generate with its own cache. Each runs alone
+in a process of its own, with one thread and with one for each core (this engine gives each thread its
+share of the prompts), the processes take turns, and the better median of the two counts. Hugging
+Face is left out where torch or transformers is not installed.
 """
 import argparse
 import json
+from functools import partial
 
 from common import (CORES, SIZES, Contestant, best_scores, finish, mapper, print_table, run_worker,
                     take_turns, time_calls)
@@ -28,8 +29,8 @@ def new_model(prompt_tokens, new_tokens):
     import data
     from transformer import Config, Transformer
     size = SIZES["default"]
-    return Transformer(Config(len(data.VOCAB), size.d_model, size.n_layers, size.n_heads, size.d_hidden,
-                              max_len=prompt_tokens + new_tokens))
+    return Transformer(Config(len(data.VOCAB), size.d_model, size.n_layers, size.n_heads,
+                              size.d_hidden, max_len=prompt_tokens + new_tokens))
 
 
 def make_prompts(n):
@@ -42,21 +43,26 @@ def make_prompts(n):
 # The three ways to decode: each returns a function that returns the answers, lists of new ids.
 
 def cache(model, prompts, new_tokens, threads, map_fn):
-    return in_parts(prompts, threads, map_fn, lambda part: model.generate(part, new_tokens))
+    return in_parts(prompts, threads, map_fn, partial(generate, model, new_tokens))
+
+
+def generate(model, new_tokens, prompts):
+    return model.generate(prompts, new_tokens, end=None)
 
 
 def no_cache(model, prompts, new_tokens, threads, map_fn):
+    return in_parts(prompts, threads, map_fn, partial(generate_without_cache, model, new_tokens))
+
+
+def generate_without_cache(model, new_tokens, prompts):
     import numpy as np
     from tinygrad_lite import no_grad
-
-    def decode(part):
-        ids = np.array(part)  # (B, T)
-        for _ in range(new_tokens):
-            with no_grad():
-                logits = model(ids).data[:, -1]
-            ids = np.concatenate([ids, logits.argmax(axis=1)[:, None]], axis=1)
-        return ids[:, -new_tokens:].tolist()
-    return in_parts(prompts, threads, map_fn, decode)
+    ids = np.array(prompts)  # (B, T)
+    for _ in range(new_tokens):
+        with no_grad():
+            logits = model(ids).data[:, -1]
+        ids = np.concatenate([ids, logits.argmax(axis=1)[:, None]], axis=1)
+    return ids[:, -new_tokens:].tolist()
 
 
 def in_parts(prompts, threads, map_fn, decode):
@@ -81,7 +87,7 @@ def hugging_face(model, prompts, new_tokens, threads, map_fn):
 
 
 def as_llama(model):
-    """The LlamaForCausalLM with this model's weights; PyTorch's linear layers store them transposed."""
+    """The LlamaForCausalLM of the same weights; PyTorch's linear layers store them transposed."""
     import numpy as np
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -117,11 +123,14 @@ def work(name, n_prompts, new_tokens, threads, seconds):
         decode = {"cache": cache, "no_cache": no_cache, "hugging_face": hugging_face}[name](
             model, prompts, new_tokens, threads, map_fn)
         answers = decode()
-        return {"answers": answers[:COMPARED], "times": time_calls(decode, calls=3, seconds=seconds)}
+        if {len(answer) for answer in answers} != {new_tokens}:
+            raise ValueError(f"{name} did not write {new_tokens} new tokens for every prompt")
+        times = time_calls(decode, calls=3, seconds=seconds)
+    return {"answers": answers[:COMPARED], "times": times}
 
 
 def compare(n_prompts, arguments):
-    """The scores for so many prompts, by contestant, and each one's share of answers as `cache` has."""
+    """For so many prompts, {name: Score} and {name: share of answers that equal those of cache}."""
     flags = ["--prompts", str(n_prompts), "--new-tokens", str(arguments.new_tokens),
              "--seconds", str(arguments.seconds)]
     results = take_turns(__file__, CONTESTANTS, flags, arguments.rounds)
@@ -148,7 +157,8 @@ def print_scores(record, scores):
     print(f"\n{record['prompts']:,} prompts, {record['new_tokens']} new tokens each")
     own = record["answers_per_second"]["cache"]
     rows = [(name, score.threads, f"{score.median:.1f}", f"{score.low:.1f}-{score.high:.1f}",
-             f"{record['answers_per_second'][name]:,.1f}", f"{record['tokens_per_second'][name]:,.0f}",
+             f"{record['answers_per_second'][name]:,.1f}",
+             f"{record['tokens_per_second'][name]:,.0f}",
              f"{own / record['answers_per_second'][name]:.2f}",
              f"{100 * record['same_answers'][name]:.0f} %") for name, score in scores.items()]
     print_table(("", "threads", "median ms", "turns", "answers/s", "tokens/s", "slower than cache",
@@ -160,7 +170,7 @@ def counts(text):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Time sampling here and in Hugging Face transformers.")
+    parser = argparse.ArgumentParser(description="Time sampling here and in transformers.")
     add = parser.add_argument
     add("--prompts", type=counts, default=[1, 64, 1024], help="how many at once; default 1,64,1024")
     add("--new-tokens", type=count, default=16, help="tokens of each answer; default 16")

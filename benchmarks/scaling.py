@@ -4,10 +4,10 @@
     python benchmarks/scaling.py --steady      does memory grow over 2,000 steps?
 
 One size grows, the others stay. The step is the engine's (forward, backward, clipping, Adam) on one
-thread; the whole batch is one shard but in the last series, which cuts it as sft.py does. `kept` is what
-the tape holds when forward is done, the activations that backward needs; `peak` is the most the step
-holds at once beyond weights and Adam's moments, both as tracemalloc counts them. A peak well above
-`kept` would mean that backward does not free what has served. `x` is the growth over the row above.
+thread; the whole batch is one shard but in the last series, which cuts it as sft.py does. `kept` is
+what the tape holds when forward is done, the activations; `peak` is the most the step holds at once
+beyond weights and Adam's moments, both as tracemalloc counts them. A peak well above `kept` would
+mean that backward does not free what has served. `x` is the growth over the row above.
 """
 import argparse
 import os
@@ -17,7 +17,7 @@ import tracemalloc
 from pathlib import Path
 
 from common import (ROOT, Size, describe, engine_step, finish, mapper, model_and_batch, print_table,
-                    time_calls)
+                    shard_loss, time_calls)
 from cli import count
 
 BASE = Size(lines=32, tokens=32, d_model=64, n_layers=2, n_heads=4, d_hidden=128)
@@ -53,11 +53,9 @@ def measure(size, shard, seconds):
 
 
 def kept_by_forward(size, shard):
-    from tinygrad_lite import functional as F
     model, ids = model_and_batch(size)
-    ids = ids[:shard]
     before, _ = tracemalloc.get_traced_memory()
-    loss = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:]).sum()
+    loss = shard_loss(model, size.lines * size.tokens, ids[:shard])
     kept = tracemalloc.get_traced_memory()[0] - before
     del loss
     return kept
@@ -119,7 +117,7 @@ def draw(results, path):
 
 
 def print_steady(steps):
-    """The peak of resident memory after some and after many steps of training in shards and threads."""
+    """The peak of resident memory after some and after many steps, in shards and threads."""
     with mapper(2) as map_fn:
         step = engine_step(STEADY_SIZE, STEADY_SIZE.lines // 4, map_fn)
         rows = []

@@ -3,25 +3,27 @@
     python benchmarks/train_step.py                            all sizes, about half an hour
     python benchmarks/train_step.py --sizes default --rounds 2
 
-A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for one model with
-one set of weights and one batch. Before anything is compared, the losses of the first steps must agree
-to 1e-4. Each library runs alone in a process of its own, the processes take turns, and the median over
-all turns counts. PyTorch (fused Adam, scaled_dot_product_attention) is given the better of one thread
-and one for each core, eager and compiled; JAX runs one jitted step on donated buffers.
+A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for one model
+with one set of weights and one batch. Before anything is compared, the losses of the first steps
+must agree to 1e-4. Each library runs alone in a process of its own, the processes take turns, and
+the median over all turns counts. PyTorch (fused Adam, scaled_dot_product_attention) is given the
+better of one thread and one for each core, eager and compiled; JAX runs one jitted step on donated
+buffers.
 
-`products` are the step's matrix products alone, the floor for any code that calls NumPy's BLAS: each
-product in the layout that proved quickest on the spot, in the engine's shards and threads.
-`real_sorted` and `real_padded` train on real lines, made anew for each step: in shards of like length,
-as sft.py does, or all padded to the longest line. PyTorch and JAX are left out where not installed.
+`products` are the step's matrix products alone, the floor for code that calls NumPy's BLAS: each in
+the layout that proves quickest on the spot, in the engine's shards and threads. The rows of real
+lines train on lines made anew for each step, in shards of like length as sft.py does, or all padded
+to the longest line. PyTorch and JAX are left out where they are not installed.
 """
 import argparse
 import itertools
 import json
 import math
+from functools import partial
 
-from common import (BETAS, CORES, EPS, LEARNING_RATE, MAX_NORM, SIZES, Contestant, best_scores,
-                    describe, engine_step, finish, mapper, model_and_batch, print_table,
-                    run_worker, take_turns, time_calls)
+from common import (BETAS, CORES, EPS, LEARNING_RATE, MAX_NORM, SIZES, VOCABULARY, Contestant,
+                    best_scores, describe, engine_step, finish, mapper, model_and_batch,
+                    print_table, run_worker, take_turns, time_calls)
 from cli import count
 
 WARM_UP = 10
@@ -70,8 +72,8 @@ def real_step(size, map_fn, cut):
     def step():
         ids = data.random_lines(size.lines, rng)
         n_tokens = int(data.completion_mask(ids).sum())
-        losses = value_and_grad(lambda shard: sft.sft_loss(model, shard, n_tokens), parameters,
-                                cut(ids), map_fn)
+        loss = partial(sft.sft_loss, model, n_tokens=n_tokens)
+        losses = value_and_grad(loss, parameters, cut(ids), map_fn)
         clip_grad_norm(parameters, MAX_NORM)
         optimizer.step()
         return math.fsum(losses)
@@ -105,9 +107,9 @@ def products_step(size, threads, map_fn):
 def product_shapes(size, lines):
     """(how many, n, k, m) of each product (n, k) @ (k, m), in order; linear layers come as one.
 
-    With N positions a layer of weight (i, o) makes W^T x, W dy and dy x^T, in columns. For each line and
-    head attention makes S = Q K^T and O = P V, then P^T dO, dO V^T, dS K and dS^T Q. The embedding's
-    gradient is no product by nature, and left out.
+    With N positions a layer of weight (i, o) makes W^T x, W dy and dy x^T, in columns. For each
+    line and head attention makes S = Q K^T and O = P V, then P^T dO, dO V^T, dS K and dS^T Q. The
+    embedding's gradient is no product by nature, and left out.
     """
     d, hidden, tokens = size.d_model, size.d_hidden, size.tokens
     positions, head = lines * tokens, d // size.n_heads
@@ -120,7 +122,7 @@ def product_shapes(size, lines):
     attention = [scores, values, values, scores, values, values]
     block = [*linear(d, 3 * d), *attention, *linear(d, d), *linear(d, 2 * hidden),
              *linear(hidden, d)]
-    return block * size.n_layers + linear(d, 14)
+    return block * size.n_layers + linear(d, VOCABULARY)
 
 
 def operands(times, n, k, m, layout):
@@ -185,7 +187,7 @@ def torch_step(size, threads, make_loss):
 def torch_loss(size, p, compiled=False):
     """The loss as a function of ids (B, T) and targets (B T,).
 
-    Rotary positions as eager runs them quickest, in few calls, or as the compiler does, from slices.
+    Rotary positions as each likes them best: eager in few calls, the compiler from slices.
     """
     import torch
     import torch.nn.functional as TF
@@ -193,11 +195,14 @@ def torch_loss(size, p, compiled=False):
     cos, sin = (torch.from_numpy(table) for table in rotary_tables(size))  # (T, d)
 
     def attention(qkv):
-        heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+        heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1)
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
         qk = heads[:2]
-        swapped = (torch.cat((qk[..., half:], qk[..., :half]), -1) if compiled
-                   else qk.roll(half, -1))
-        q, k = torch.addcmul(qk * cos, swapped, sin)
+        if compiled:
+            (a, b), c, s = qk.chunk(2, -1), cos[:, :half], sin[:, half:]
+            q, k = torch.cat((a * c - b * s, b * c + a * s), -1)
+        else:
+            q, k = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
         out = TF.scaled_dot_product_attention(q, k, heads[2], is_causal=True)
         return out.transpose(1, 2).flatten(2)
 
@@ -295,6 +300,7 @@ STEPS = {"numpy": numpy_step, "numpy_1_thread": numpy_step, "numpy_blas_threads"
          "torch_eager": torch_eager_step, "torch_compile": torch_compile_step, "jax": jax_step,
          "products": products_step, "real_sorted": real_sorted_step,
          "real_padded": real_padded_step}
+REAL = {"real_sorted": "real lines, sorted by length", "real_padded": "real lines, all padded"}
 
 
 def work(name, size, threads, steps):
@@ -311,7 +317,7 @@ def check_losses(results):
     if "numpy" not in losses:
         raise SystemExit("the engine's own step does not work; nothing to compare with")
     for name, own in losses.items():
-        if name == "products" or name.startswith("real"):
+        if name == "products" or name in REAL:
             continue
         error = max(abs(a - b) / abs(b) for a, b in zip(own, losses["numpy"]))
         if not error < 1e-4:
@@ -327,19 +333,21 @@ def compare(name, rounds, steps):
 
 
 def as_json(size, scores):
-    record = {"size": size._asdict()}
-    for name in STEPS:
-        record[name] = round(scores[name].median, 3) if name in scores else None
-    record["lines_per_second"] = {
-        name: round(1000 * size.lines / record[f"real_{name}"], 1) for name in ("sorted", "padded")}
-    return record
+    """Median milliseconds by contestant; None for what is not installed."""
+    return {"size": size._asdict(),
+            **{name: round(scores[name].median, 3) if name in scores else None for name in STEPS}}
 
 
 def print_scores(name, size, scores):
     print(f"\n{name}: {describe(size)}")
-    rows = [(label, score.threads, f"{score.median:.1f}", f"{score.low:.1f}-{score.high:.1f}",
-             f"{score.median / scores['numpy'].median:.2f}", f"{1000 * size.lines / score.median:,.0f}")
-            for label, score in scores.items()]
+    rows = []
+    for label, score in scores.items():
+        ratio = f"{score.median / scores['numpy'].median:.2f}"
+        if label in REAL:  # shorter lines, so no step to compare with
+            label, ratio = REAL[label], ""
+        rows.append((label, score.threads, f"{score.median:.1f}",
+                     f"{score.low:.1f}-{score.high:.1f}", ratio,
+                     f"{1000 * size.lines / score.median:,.0f}"))
     print_table(("", "threads", "median ms", "turns", "x numpy", "lines/s"), rows)
 
 
@@ -351,9 +359,11 @@ def size_names(text):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Time one training step in this engine, PyTorch and JAX.")
+    parser = argparse.ArgumentParser(
+        description="Time one training step here, in PyTorch and in JAX.")
     add = parser.add_argument
-    add("--sizes", type=size_names, default=list(SIZES), help=f"some of {','.join(SIZES)}; default: all")
+    add("--sizes", type=size_names, default=list(SIZES),
+        help=f"some of {','.join(SIZES)}; default: all")
     add("--rounds", type=count, default=5, help="turns of each library; default 5")
     add("--steps", type=count, default=60, help="timed steps in a turn; default 60")
     add("--json", action="store_true", help="print the medians as JSON, in milliseconds")
@@ -365,7 +375,8 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     if arguments.worker:
-        run_worker(work, arguments.worker, SIZES[arguments.size], arguments.threads, arguments.steps)
+        run_worker(work, arguments.worker, SIZES[arguments.size], arguments.threads,
+                   arguments.steps)
         return
     records = []
     for name in arguments.sizes:

@@ -13,8 +13,9 @@ import cli  # noqa: E402
 
 
 def parser():
-    new = cli._parser("examples/to_hugging_face", "Write a checkpoint as a Hugging Face folder.")
-    new.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what sft.py or dpo.py wrote")
+    new = cli._Parser("examples/to_hugging_face", "Write a checkpoint as a Hugging Face folder.")
+    new.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
+                     help="what sft.py or dpo.py wrote")
     new.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write")
     return new
 
@@ -39,7 +40,7 @@ except ImportError as missing:
 
 
 def their_names(name):
-    """The names of our weight in a LlamaForCausalLM: those that lie side by side in ours, in order."""
+    """The names of our weight in a LlamaForCausalLM: of all that lie side by side in ours."""
     outside = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     inside = {"attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
               "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -52,7 +53,7 @@ def their_names(name):
 
 
 def turned(name, array):
-    """Theirs from ours and back: torch keeps a matrix as (outputs, inputs), we as (inputs, outputs)."""
+    """Theirs from ours, or back: a matrix is (outputs, inputs) in torch, (inputs, outputs) here."""
     return np.ascontiguousarray(array if name == "embedding" else array.T)
 
 
@@ -81,8 +82,8 @@ def llama_config(config):
 def tokenizer():
     """data.encode and data.decode as a fast tokenizer: one token a character, none added unasked.
 
-    A character that data.py does not know raises an exception here, too. Padding goes on the left, for
-    `generate` on prompts of unlike length; TRL pads what it trains on on the right all by itself.
+    A character that data.py does not know raises an exception here, too. Padding goes on the left,
+    for `generate` on prompts of unlike length; TRL pads on the right what it trains on, anyway.
     """
     end, pad = data.VOCAB[data.END], data.VOCAB[data.PAD]
     words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(data.VOCAB)}))
@@ -103,7 +104,7 @@ def export(model, folder):
 
 
 def from_hugging_face(folder):
-    """The Transformer of such a folder, trained or not. UserError if it is not one of this model."""
+    """The Transformer of such a folder, also of a trained one. UserError if it is none."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -120,8 +121,9 @@ def from_hugging_face(folder):
             if array.shape != parameter.shape or array.dtype != np.float32:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             parameter.data = array
-    except Exception as error:  # of transformers, safetensors, or the lines above
-        raise cli.UserError(f"{folder} is no folder of examples/to_hugging_face.py ({error})") from None
+    except Exception as error:  # what transformers and safetensors raise is not theirs alone
+        raise cli.UserError(f"{folder} is not what examples/to_hugging_face.py writes "
+                            f"({type(error).__name__}: {error})") from None
     return model
 
 

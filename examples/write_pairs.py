@@ -4,8 +4,8 @@
     python examples/write_pairs.py runs/pairs.jsonl --pairs rule
     python examples/write_pairs.py runs/lines.jsonl --sft
 
-A pair is {"prompt": "100=", "chosen": "50+30+20", "rejected": "50+50"}, an SFT line {"prompt": "100=",
-"completion": "50+50"}. The end token is left out: TRL ends each completion with exactly one.
+A pair is {"prompt": "100=", "chosen": "50+30+20", "rejected": "50+50"}, an SFT line
+{"prompt": "100=", "completion": "50+50"}. TRL ends every completion with the end token by itself.
 """
 import sys
 from pathlib import Path
@@ -15,18 +15,18 @@ import cli  # noqa: E402
 
 
 def parser():
-    new = cli._parser("examples/write_pairs", "Write preference pairs or SFT lines for TRL.")
+    new = cli._Parser("examples/write_pairs", "Write preference pairs or SFT lines for TRL.")
     new.add_argument("out", type=Path, metavar="FILE", help="the file of JSON lines to write")
     what = new.add_mutually_exclusive_group()
     what.add_argument("--pairs", choices=["sampled", "rule"], default="sampled",
-                      help="answers sampled from --checkpoint, judged; or correct sums made by rule")
+                      help="answers sampled from --checkpoint, judged; or right sums made by rule")
     what.add_argument("--sft", action="store_true", help="write SFT lines instead of pairs")
     new.add_argument("--n", type=cli.count, default=8192, help="pairs or lines to write")
     new.add_argument("--checkpoint", type=Path, default=Path("runs/sft.npz"),
                      help="the model that is sampled from")
     new.add_argument("--prefer", type=int, choices=range(2, 6), default=3,
                      help="the preferred number of terms")
-    cli._seed_and_threads(new, "of all that is random; the same seed gives the same file")
+    new.add_common("all that is random")
     return new
 
 

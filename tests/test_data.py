@@ -254,10 +254,15 @@ def test_the_mask_covers_the_completion_with_its_end_and_nothing_else(rows):
 
 
 def without_padding(row):
-    return tuple(token for token in row.tolist() if token != data.PAD)
+    """A line as text, with its end token: short to look at when a test fails."""
+    return "".join(data.VOCAB[token] for token in row if token != data.PAD)
 
 
-@given(st.integers(1, 60), st.integers(1, 20), seeds)
+def token_count(row):
+    return int((row != data.PAD).sum())
+
+
+@given(st.integers(1, 20), st.integers(1, 6), seeds)
 def test_shards_hold_every_line_once_and_whole(n, size, seed):
     ids = random_batch(seed, n)
     shards = [shard for shard, in data.by_length(ids, size=size)]
@@ -274,16 +279,16 @@ def test_shards_hold_about_as_many_tokens_each(n, seed):
     assert max(tokens) - min(tokens) <= 2 * max(shard.shape[1] for shard in shards)
 
 
-@given(st.integers(1, 60), st.integers(1, 20), seeds)
+@given(st.integers(1, 20), st.integers(1, 6), seeds)
 def test_shards_are_of_like_length_longest_first_and_cut(n, size, seed):
     shards = [shard for shard, in data.by_length(random_batch(seed, n), size=size)]
-    lengths = [len(without_padding(row)) for shard in shards for row in shard]
+    lengths = [token_count(row) for shard in shards for row in shard]
     assert lengths == sorted(lengths, reverse=True)
     for shard in shards:
-        assert shard.shape[1] == max(len(without_padding(row)) for row in shard)
+        assert shard.shape[1] == max(map(token_count, shard))
 
 
-@given(st.integers(1, 40), st.integers(1, 20), seeds)
+@given(st.integers(1, 20), st.integers(1, 6), seeds)
 def test_rows_of_several_arrays_stay_together(n, size, seed):
     """A pair is cut to the longer of its two lines, so neither loses a token."""
     both = random_batch(seed, 2 * n)
@@ -294,7 +299,7 @@ def test_rows_of_several_arrays_stay_together(n, size, seed):
                   for shard in shards for x, y in zip(*shard)) == sorted(pairs)
     assert all(x.shape == y.shape for x, y in shards)
     for x, y in shards:
-        assert x.shape[1] == max(max(len(without_padding(row)) for row in z) for z in (x, y))
+        assert x.shape[1] == max(map(token_count, [*x, *y]))
 
 
 def test_lines_of_equal_length_keep_their_order():

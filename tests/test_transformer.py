@@ -490,6 +490,13 @@ def test_an_array_that_is_not_the_models(load_changed, array):
         load_changed(norm=array)
 
 
+@pytest.mark.parametrize("name", ["extra", "blocks.1.qkv"])
+def test_an_array_too_many(load_changed, name):
+    """A model of two blocks whose config says one is not to be cut in half quietly."""
+    with pytest.raises(ValueError, match="model.npz"):
+        load_changed(**{name: np.ones((24, 72), np.float32)})
+
+
 CHANGED_CONFIGS = {
     **{f"no {field}": {field: None} for field in GOOD},
     "another width": {"d_model": 48}, "another depth": {"n_layers": 2}, "no depth": {"n_layers": 0},

@@ -111,10 +111,10 @@ def _sigmoid(x):
 def log_sigmoid(x):
     """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, finite for finite x.
 
-    d/dx = sigmoid(-x).
+    d/dx = sigmoid(-x), and log sigmoid(-x) = log sigmoid(x) - x.
     """
     out = np.minimum(x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
-    return Tensor(out, parents=(x,), backward=lambda grad: (grad * _sigmoid(-x.data),))
+    return Tensor(out, parents=(x,), backward=lambda grad: (grad * np.exp(out - x.data),))
 
 
 def token_log_probs(logits, targets):

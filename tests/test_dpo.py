@@ -243,9 +243,9 @@ class Scripted:
     def __init__(self, *answers):
         self.answers = itertools.cycle(answers)
 
-    def generate(self, prompts, max_new_tokens, temperature, rng, end):
+    def generate(self, prompts, max_new_tokens, temperature, rng):
         targets = [int(data.decode(prompt)[:-1]) for prompt in prompts]
-        return [data.encode(next(self.answers)(t)) + [end] for t in targets]
+        return [data.encode(next(self.answers)(t)) + [data.END] for t in targets]
 
 
 RIGHT, OTHER, WRONG, BROKEN = (lambda t: f"1+1+{t - 2}", lambda t: f"1+{t - 1}",
@@ -271,7 +271,7 @@ def test_no_pair_is_none_and_a_run_without_pairs_stops_with_one_line():
     model = Transformer(Config(len(data.VOCAB), 8, 1, 2, 12))
     run = dpo.train(model, model, lambda: None, 50, 0.8, 1e-3, map)
     assert next(run) == {"round": 1, "pairs": 0}
-    with pytest.raises(cli.UserError, match="no prompt had both"):
+    with pytest.raises(cli.UserError, match="no target had both"):
         list(run)
 
 

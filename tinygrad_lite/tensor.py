@@ -63,8 +63,10 @@ class Tensor:
         recorded or an earlier call has freed the graph.
         """
         for leaf, grad in gradients(self, grad).items():
-            # A copy, since an op may hand one array to two parents, and clipping scales in place.
-            leaf.grad = np.array(grad) if leaf.grad is None else leaf.grad + grad
+            if leaf.grad is None:
+                leaf.grad = np.array(grad)  # a copy: an op may hand one array to two parents
+            else:
+                leaf.grad += grad
 
     # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
 
@@ -94,6 +96,7 @@ class Tensor:
     def __pow__(self, exponent):
         if not isinstance(exponent, (int, float)):
             raise TypeError(f"the exponent must be a number, not {type(exponent).__name__}")
+        exponent = float(exponent)  # a NumPy float64 would turn float32 into float64
 
         def backward(grad):
             slope = exponent * self.data ** (exponent - 1) if exponent else np.zeros_like(self.data)
@@ -202,6 +205,8 @@ def gradients(root, grad=None):
     while ready:
         node = ready.pop()
         grad = arrived.pop(node)
+        del uses[node]  # the last reference here: memory falls as the walk goes on
+        summed.discard(node)
         if node.backward_fn is None:
             leaves[node] = grad
             continue

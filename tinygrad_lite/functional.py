@@ -146,12 +146,10 @@ def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
     Backward, with G = dL/dO:
         dL/dV = P^T G        dL/dP = G V^T        dL/dS = P (dL/dP - sum over j of P dL/dP)
         dL/d(Rq) = dL/dS (Rk) / sqrt(d)           dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
-    and R^T = R^-1 turns these back. `cache`, a KeyValueCache, holds the keys and values of earlier
-    positions and takes these; use it inside no_grad.
+    and R^T = R^-1 turns these back. `cache`, a KeyValueCache of earlier positions, is for no_grad.
     """
     batch, length, width = qkv.shape
-    head = width // 3 // n_heads
-    past = cache.length if cache else 0
+    head, past = width // 3 // n_heads, cache.length if cache else 0
     heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)
     cos, sin = _rope_tables(head // 2, past, batch, length, rope_base, qkv.dtype)
     rotated = _rotate(heads[:2], cos, sin)

@@ -185,23 +185,10 @@ def gradients(root, grad=None):
     """d(root)/d(leaf), weighted by `grad`, as {leaf Tensor: array}; frees the graph as it goes.
 
     A node's gradient is complete once every node that used it has reported (Kahn's topological
-    order), so count the uses first. Both walks are loops: a chain of 100,000 ops must not overflow
-    Python's stack. Raises as `Tensor.backward` does.
+    order). Raises as `Tensor.backward` does.
     """
-    grad = _initial_grad(root, grad)
-    uses, stack = {root: 0}, [root]
-    while stack:
-        node = stack.pop()
-        if node.parents is None:
-            raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
-        for parent in node.parents:
-            if parent.requires_grad:
-                if parent not in uses:
-                    uses[parent] = 0
-                    stack.append(parent)
-                uses[parent] += 1
-
-    arrived, summed, leaves, ready = {root: grad}, set(), {}, [root]
+    arrived, uses = {root: _initial_grad(root, grad)}, _count_uses(root)
+    summed, leaves, ready = set(), {}, [root]
     while ready:
         node = ready.pop()
         grad = arrived.pop(node)
@@ -230,6 +217,25 @@ def gradients(root, grad=None):
             if uses[parent] == 0:
                 ready.append(parent)
     return leaves
+
+
+def _count_uses(root):
+    """{Tensor: how many times its gradient will arrive}, of all that `root` was computed from.
+
+    A loop: a chain of 100,000 ops must not overflow Python's stack.
+    """
+    uses, stack = {root: 0}, [root]
+    while stack:
+        node = stack.pop()
+        if node.parents is None:
+            raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
+        for parent in node.parents:
+            if parent.requires_grad:
+                if parent not in uses:
+                    uses[parent] = 0
+                    stack.append(parent)
+                uses[parent] += 1
+    return uses
 
 
 def _initial_grad(root, grad):

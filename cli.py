@@ -131,7 +131,7 @@ def sft_parser():
     parser = _Parser("sft", "Train a Transformer from scratch to write sums, by supervised "
                             "fine-tuning.")
     add = parser.add_argument
-    add("--steps", type=count, default=14000, help="training steps")
+    add("--steps", type=count, default=12000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
     add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=count, default=48, help="width of the residual stream")

@@ -107,7 +107,7 @@ def train(model, reference, make_pairs, rounds, beta, lr, map_fn=map):
     "pairs" in its log. Raises UserError if that goes on, or if the loss is no longer finite.
     """
     parameters = model.parameters()
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.95))
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
     empty = 0
     for step in range(rounds):
         pairs = make_pairs()

@@ -43,7 +43,8 @@ def train(model, steps, batch_size, lr, rng, map_fn=map):
     Raises UserError if the loss is no longer finite.
     """
     parameters = model.parameters()
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.95))
+    # Without weight decay some targets that were never trained on stay wrong for good.
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())

@@ -187,6 +187,17 @@ def test_activations_start_near_one():
         assert 0.5 < logits.std() < 2
 
 
+def test_weights_start_at_the_inverse_root_of_their_inputs():
+    """And smaller by sqrt(2 n_layers) where 2 n_layers results add up in the residual stream."""
+    model = Transformer(Config(50, 32, 4, 4, 64))
+    for name, p in model.named_parameters().items():
+        if p.ndim == 2 and name != "embedding":
+            added = name.endswith(("attention_out", "down"))
+            expected = p.shape[0] ** -0.5 / (8 ** 0.5 if added else 1)
+            assert abs(p.data.std() / expected - 1) < 0.15, name
+    assert abs(model.named_parameters()["embedding"].data.std() - 1) < 0.15
+
+
 # Config.
 
 GOOD = {"vocab_size": 7, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_hidden": 6, "max_len": 16}

@@ -8,11 +8,13 @@ class Adam:
     """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
 
     The moments lie in one long vector: forty small arrays would cost forty times NumPy's overhead
-    of a call. A parameter whose .grad is None counts as one with a gradient of zero.
+    of a call. A parameter whose .grad is None counts as one with a gradient of zero. `weight_decay`
+    shrinks matrices by lr * weight_decay a step, apart from the gradient (Loshchilov & Hutter 2019,
+    Algorithm 2).
     """
 
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
-        self.parameters = list(parameters)
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        self.parameters, self.weight_decay = list(parameters), weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
         self.ends = np.cumsum([p.size for p in self.parameters])
         self.mean, self.square = np.zeros((2, self.ends[-1]), self.parameters[0].dtype)  # m and v
@@ -32,6 +34,8 @@ class Adam:
         update = self.mean * (self.lr / (1 - beta1 ** self.steps))
         update /= denominator
         for p, piece in zip(self.parameters, np.split(update, self.ends[:-1])):
+            if self.weight_decay and p.ndim > 1:
+                p.data *= 1 - self.lr * self.weight_decay
             p.data -= piece.reshape(p.shape)
 
     def zero_grad(self):

@@ -115,7 +115,12 @@ def pad(lines):
 def completion_mask(ids):
     """True at the tokens that are the model's to write, from after `=` to the end: (N, T) bool."""
     after_equals = np.cumsum(ids == EQUALS, axis=1) - (ids == EQUALS) > 0
-    return after_equals & (ids != PAD)
+    return after_equals & (np.arange(ids.shape[1]) < lengths(ids)[:, None])
+
+
+def lengths(ids):
+    """Tokens of each line up to its last that is not padding: a model may write that token, too."""
+    return ids.shape[1] - (ids != PAD)[:, ::-1].argmax(axis=1)
 
 
 def by_length(*arrays, size):
@@ -126,10 +131,10 @@ def by_length(*arrays, size):
     lines get fewer rows, so that all have about as many tokens and no thread waits for another.
     Returns a list of tuples with one array for each given.
     """
-    lengths = np.max([(ids != PAD).sum(axis=1) for ids in arrays], axis=0)  # (N,)
-    order = np.argsort(-lengths, kind="stable")
+    longest = np.max([lengths(ids) for ids in arrays], axis=0)  # (N,)
+    order = np.argsort(-longest, kind="stable")
     n_shards = -(-len(order) // size)
-    tokens = np.cumsum(lengths[order])
+    tokens = np.cumsum(longest[order])
     starts = np.searchsorted(tokens, tokens[-1] * np.arange(1, n_shards) / n_shards)
-    return [tuple(ids[rows, :lengths[rows[0]]] for ids in arrays)
+    return [tuple(ids[rows, :longest[rows[0]]] for ids in arrays)
             for rows in np.split(order, starts) if len(rows)]

@@ -88,7 +88,7 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
     for start in range(0, len(lines), answers):
         own = lines[start:start + answers]
         liked = [line for line in own if prefers(line, prefer)]
-        others = [line for line in own if not prefers(line, prefer) and data.PAD not in line]
+        others = [line for line in own if not prefers(line, prefer)]
         for c, r in zip(liked, others):
             chosen.append(c)
             rejected.append(r)

@@ -155,11 +155,12 @@ def best_scores(results):
 
 
 def finish(main):
-    """Run a script's main; Ctrl-C ends it with one line."""
+    """Run a script's main; Ctrl-C ends it with one line and exit code 130."""
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def print_table(header, rows):

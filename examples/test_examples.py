@@ -245,7 +245,7 @@ def test_ten_steps_of_adam_are_ours(policy, model, paths, tmp_path):
         optimizer.step()
         ours.append([loss.item(), logs["rewards/margins"]])
     theirs = [[row["loss"], row["rewards/margins"]] for row in run.state.log_history[:10]]
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)  # found: 1e-6
     assert ours[9][0] < ours[0][0] - 0.1  # the ten steps have changed something
     back = to_hugging_face.from_hugging_face(tmp_path / "run")
     for p, q in zip(back.parameters(), trained.parameters()):

@@ -1,4 +1,4 @@
-"""Command lines: mistakes cost one line and nothing on disk; whatever happens, a checkpoint is whole."""
+"""Command lines: a mistake costs one line and nothing on disk; a checkpoint is always whole."""
 import json
 import os
 import resource
@@ -17,8 +17,8 @@ import data
 from transformer import Config, Transformer
 
 ROOT = Path(cli.__file__).parent
-TINY = ["--d-model", "8", "--n-layers", "1", "--n-heads", "2", "--d-hidden", "8", "--batch-size", "4",
-        "--threads", "1"]
+TINY = ["--d-model", "8", "--n-layers", "1", "--n-heads", "2", "--d-hidden", "8",
+        "--batch-size", "4", "--threads", "1"]
 
 
 def run(program, *flags, timeout=60, **options):
@@ -51,7 +51,8 @@ def tiny_sft(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, hint", [
-    (["--nonsense"], "--nonsense"), (["--steps", "0"], "at least 1"), (["--steps", "-3"], "at least 1"),
+    (["--nonsense"], "--nonsense"), (["--steps", "0"], "at least 1"),
+    (["--steps", "-3"], "at least 1"),
     (["--steps", "1.5"], "at least 1"), (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
     (["--lr", "inf"], "above 0"), (["--seed", "-1"], "at least 0"), (["--out", "x.txt"], ".npz"),
     (["--d-model", "50", "--n-heads", "4"], "not divisible"),
@@ -63,7 +64,8 @@ def test_sft_refuses_bad_flags(capsys, tmp_path, monkeypatch, flags, hint):
 
 @pytest.mark.parametrize("flags, hint", [
     (["--beta", "0"], "above 0"), (["--beta", "-1"], "above 0"), (["--beta", "nan"], "above 0"),
-    (["--beta", "inf"], "above 0"), (["--prefer", "7"], "--prefer"), (["--pairs", "best"], "--pairs"),
+    (["--beta", "inf"], "above 0"), (["--prefer", "7"], "--prefer"),
+    (["--pairs", "best"], "--pairs"),
     ([], "no SFT checkpoint at runs/sft.npz; run python sft.py first")])
 def test_dpo_refuses_bad_flags_and_a_missing_checkpoint(capsys, tmp_path, monkeypatch, flags, hint):
     monkeypatch.chdir(tmp_path)
@@ -82,14 +84,15 @@ def test_eval_refuses_bad_flags(capsys, tmp_path, monkeypatch, flags, hint):
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "other vocabulary"])
-def test_a_damaged_checkpoint_is_one_line_and_the_old_result_stays(capsys, tmp_path, tiny_sft, damage):
+def test_a_damaged_checkpoint_is_one_line_and_the_old_result_stays(capsys, tmp_path, tiny_sft,
+                                                                   damage):
     bad, out = tmp_path / "bad.npz", tmp_path / "dpo.npz"
     out.write_bytes(b"an earlier result")
     if damage == "other vocabulary":
         Transformer(Config(30, 8, 1, 2, 8)).save(bad)
     else:
-        whole = tiny_sft.read_bytes()
-        bad.write_bytes({"empty": b"", "text": b"hello", "truncated": whole[:len(whole) // 2]}[damage])
+        half = tiny_sft.read_bytes()[:tiny_sft.stat().st_size // 2]
+        bad.write_bytes({"empty": b"", "text": b"hello", "truncated": half}[damage])
     assert "bad.npz" in one_line(capsys, "dpo", "--sft", bad, "--out", out)
     assert "bad.npz" in one_line(capsys, "eval", bad)
     assert out.read_bytes() == b"an earlier result"
@@ -129,8 +132,8 @@ def test_sft_dpo_eval_end_to_end(capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)
     assert [(row["mode"], row["targets"]) for row in rows[:4]] == [
         ("greedy", "held-out"), ("greedy", "all"), ("sampled", "held-out"), ("sampled", "all")]
-    assert all(set(row) == {"checkpoint", "mode", "targets", "n", "mean_abs_error", "exact", "format",
-                            "preferred", "counts"} for row in rows)
+    assert all(set(row) == {"checkpoint", "mode", "targets", "n", "mean_abs_error", "exact",
+                            "format", "preferred", "counts"} for row in rows)
     assert rows[0]["n"] == 20 and rows[1]["n"] == 96 and rows[2]["n"] == 40
     assert cli.main("eval", [str(dpo), "--prompt", "77", "--samples", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4

@@ -306,3 +306,11 @@ def test_lines_of_equal_length_keep_their_order():
     ids = data.pad([[1, 1], [2, 2], [3, 3, 3], [4, 4]])
     shards = data.by_length(ids, size=3)
     assert [row[0] for shard, in shards for row in shard] == [3, 1, 2, 4]
+
+
+def test_padding_that_a_model_wrote_itself_counts_as_written():
+    """Else DPO could never reject an answer for it, and the model would learn to write it."""
+    line = [*data.encode("7=3"), data.PAD, data.IDS["4"], data.END]
+    ids = data.pad([line, data.prompt(100) + data.encode("50+50") + [data.END]])
+    assert data.completion_mask(ids)[0].tolist() == [False] * 2 + [True] * 4 + [False] * 4
+    assert data.lengths(ids).tolist() == [6, 10]

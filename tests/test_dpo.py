@@ -1,4 +1,4 @@
-"""The DPO objective and its pairs: each test a line of mathematics about Rafailov et al. 2023, Eq. 7."""
+"""The DPO objective and its pairs: each test a line of mathematics (Rafailov et al. 2023, Eq. 7)."""
 import itertools
 import math
 
@@ -15,12 +15,12 @@ from tinygrad_lite import Tensor, gradcheck
 from transformer import Config, Transformer
 
 logp = st.floats(-50, 0, width=32)
-pairs = st.integers(1, 6).flatmap(lambda n: st.lists(st.tuples(*[logp] * 4), min_size=n, max_size=n))
+pairs = st.lists(st.tuples(*[logp] * 4), min_size=1, max_size=6)
 betas = st.floats(0.05, 3)
 
 
 def columns(rows):
-    """Four arrays (pairs,) in float64: policy chosen and rejected, reference chosen and rejected."""
+    """Four float64 arrays (pairs,): policy chosen and rejected, reference chosen and rejected."""
     return list(np.array(rows, dtype=np.float64).T)
 
 
@@ -49,8 +49,9 @@ def test_loss_and_slopes_are_those_of_the_paper(rows, beta):
     arrays = columns(rows)
     h = margin(arrays)
     loss, d_chosen, d_rejected = loss_and_slopes(arrays, beta)
-    assert loss == pytest.approx(np.mean(np.logaddexp(0, -beta * h)))  # -log sigmoid(z) = log(1 + e^-z)
-    np.testing.assert_allclose(d_chosen, -beta * np.exp(-np.logaddexp(0, beta * h)) / len(rows), atol=1e-15)
+    assert loss == pytest.approx(np.mean(np.logaddexp(0, -beta * h)))  # log(1 + e^(-beta h))
+    slope = -beta * np.exp(-np.logaddexp(0, beta * h)) / len(rows)
+    np.testing.assert_allclose(d_chosen, slope, atol=1e-15)
     np.testing.assert_array_equal(d_chosen, -d_rejected)
 
 
@@ -100,7 +101,8 @@ def test_extreme_margins_stay_finite_in_float32(h):
 def test_finite_differences_of_the_loss(n, beta, seed):
     rng = np.random.default_rng(seed)
     reference = rng.normal(size=(2, n))
-    assert gradcheck(lambda c, r: dpo.dpo_loss(c, r, *reference, beta), *rng.normal(size=(2, n))) < 1e-7
+    policy = rng.normal(size=(2, n))
+    assert gradcheck(lambda c, r: dpo.dpo_loss(c, r, *reference, beta), *policy) < 1e-7
 
 
 # Through the model.
@@ -155,7 +157,7 @@ def test_prompt_and_padding_positions_get_exactly_no_gradient():
     dpo.dpo_loss(logps[:2], logps[2:], np.zeros(2), np.zeros(2), 0.8).backward()
     for line, grad in zip(ids, logits.grad):
         text = data.decode(line)
-        first, last = text.index("="), len(text)  # these positions predict the first digit and the end token
+        first, last = text.index("="), len(text)  # these predict the first digit, the end token
         assert (np.abs(grad[first:last]).sum(axis=-1) > 0).all()
         assert not grad[:first].any() and not grad[last:].any()
 
@@ -173,8 +175,9 @@ def test_shared_prefix_cancels_from_loss_and_gradient():
         return (token_logps * mask[:, 1:]).sum(axis=1)
 
     whole = model_loss(model, reference, chosen, rejected)
-    short = dpo.dpo_loss(*(suffix_logps(model, ids) for ids in (chosen, rejected)),
-                         *(suffix_logps(reference, ids).detach() for ids in (chosen, rejected)), 0.8)
+    short = dpo.dpo_loss(*[suffix_logps(model, ids) for ids in (chosen, rejected)],
+                         *[suffix_logps(reference, ids).detach() for ids in (chosen, rejected)],
+                         0.8)
     assert whole.item() == pytest.approx(short.item())
     for a, b in zip(grads_of(model, whole), grads_of(model, short)):
         np.testing.assert_allclose(a, b, atol=1e-12)
@@ -184,8 +187,9 @@ def test_padding_order_and_number_of_forwards_change_nothing():
     model, reference = double_model(0), double_model(1)
     expected = model_loss(model, reference, CHOSEN, REJECTED)
     padded = [np.pad(ids, ((0, 0), (0, 4)), constant_values=data.PAD) for ids in (CHOSEN, REJECTED)]
-    apart = dpo.dpo_loss(*(completion_logps(model, ids) for ids in (CHOSEN, REJECTED)),
-                         *(completion_logps(reference, ids).detach() for ids in (CHOSEN, REJECTED)), 0.8)
+    both = CHOSEN, REJECTED
+    apart = dpo.dpo_loss(*[completion_logps(model, ids) for ids in both],
+                         *[completion_logps(reference, ids).detach() for ids in both], 0.8)
     variants = [model_loss(model, reference, *padded), apart,
                 model_loss(model, reference, CHOSEN[::-1], REJECTED[::-1])]
     expected_grads = grads_of(model, expected)
@@ -196,7 +200,7 @@ def test_padding_order_and_number_of_forwards_change_nothing():
 
 
 def test_a_small_step_raises_the_margin_of_its_pair_and_leaves_the_reference_alone():
-    model, reference = Transformer(Config(len(data.VOCAB), 8, 2, 2, 12)), Transformer(Config(len(data.VOCAB), 8, 2, 2, 12))
+    model, reference = (Transformer(Config(len(data.VOCAB), 8, 2, 2, 12)) for _ in range(2))
     before = [p.data.tobytes() for p in reference.parameters()]
     rows = list(dpo.train(model, reference, lambda: (CHOSEN, REJECTED), 3, 0.8, 1e-3, map))
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
@@ -216,7 +220,8 @@ def test_shards_and_threads_give_the_loss_of_the_whole_batch():
 
 
 def test_logged_names_mean_what_the_field_means():
-    row = dpo.rewards(np.array([-1.0, -2]), np.array([-3.0, -1]), np.array([-2.0, -2]), np.array([-2.0, -2]), 0.5)
+    reference = np.array([-2.0, -2])
+    row = dpo.rewards(np.array([-1.0, -2]), np.array([-3.0, -1]), reference, reference, 0.5)
     assert row == {"rewards/chosen": 0.25, "rewards/rejected": 0.0, "rewards/margins": 0.25,
                    "rewards/accuracies": 0.5, "logps/chosen": -1.5, "logps/rejected": -2.0}
 
@@ -238,7 +243,7 @@ def test_rule_pairs_are_right_sums_that_differ_in_their_count(n, prefer, seed):
 
 
 class Scripted:
-    """Stands in for a model: its answers go round a fixed list of completions made from the target."""
+    """Stands in for a model: its answers go round a fixed list, each made from the target."""
 
     def __init__(self, *answers):
         self.answers = itertools.cycle(answers)

@@ -222,3 +222,19 @@ def test_the_rate_ends_near_zero(total, peak):
     """One step before the end: peak (1 - cos(pi / n)) / 2 < peak (pi / n)^2 / 4."""
     assert cosine_schedule(total - 1, total, peak, 0) < peak * (math.pi / total) ** 2 / 4
     assert abs(cosine_schedule(total, total, peak, 0)) < 1e-12 * peak
+
+
+# Weight decay.
+
+@given(learning_rates, st.floats(0, 0.5), seeds)
+def test_weight_decay_shrinks_matrices_alone_and_apart_from_the_gradient(lr, decay, seed):
+    """theta <- theta - lr (decay theta + update): the update is that of Adam without decay."""
+    shapes = [(2, 3), (3,)]
+    plain, decayed = leaves(seed, shapes), leaves(seed, shapes)
+    before = [p.data.copy() for p in plain]
+    for parameters, weight_decay in ((plain, 0.0), (decayed, decay)):
+        give_gradients(parameters, seed + 7)
+        Adam(parameters, lr, weight_decay=weight_decay).step()
+    shrunk = -lr * decay * before[0]
+    np.testing.assert_allclose(decayed[0].data - plain[0].data, shrunk, atol=1e-12)
+    np.testing.assert_array_equal(decayed[1].data, plain[1].data)

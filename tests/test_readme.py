@@ -1,4 +1,4 @@
-"""What the README says is true: its examples print what they say, its commands and counts are real."""
+"""What the README says is true: its examples, its commands, its line counts."""
 import doctest
 import re
 import shlex

@@ -418,12 +418,12 @@ def test_no_grad_concerns_its_own_thread_alone():
     def quiet():
         with no_grad():
             entered.set()
-            leave.wait(10)
+            leave.wait(60)
             note("inside no_grad")
 
     thread = threading.Thread(target=quiet)
     thread.start()
-    entered.wait(10)
+    entered.wait(60)
     note("while another thread is inside")
     leave.set()
     thread.join()

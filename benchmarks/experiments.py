@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RUNS = ROOT / "runs" / "experiments"
-BETAS = [0.1, 0.3, 0.8, 1.5, 3.0]
+BETAS = [0.1, 0.3, 0.8, 3.0]
 RULE = ["--pairs", "rule", "--rounds", "200", "--lr", "1e-4"]  # as many steps as the demo, its rate
 
 

@@ -264,7 +264,7 @@ def test_an_answer_ends_at_the_end_token_or_is_full(temperature, prompts, count,
         assert all(type(token) is int and 0 <= token < VOCAB for token in answer)
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-300])
 @given(prompts, seeds)
 def test_sampling_at_a_tiny_temperature_is_greedy(temperature, prompts, seed):
     """In float32 a logit over 1e-40 is infinite and 1e-300 is 0; neither may turn into NaN."""

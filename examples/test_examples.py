@@ -200,10 +200,12 @@ def trl_and_pairs(paths, out, n, batch_size, lr, **more):
     chosen, rejected = dpo.rule_pairs(n, 3, np.random.default_rng(4))
     write_pairs.write(out / "pairs.jsonl", write_pairs.pair_rows(chosen, rejected))
     config = dpo_trl.configuration(
-        out / "run", BETA, lr, batch_size, train_sampling_strategy="sequential", adam_beta2=0.999,
-        max_grad_norm=0.0, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, **more)
+        out / "run", BETA, lr, batch_size, adam_beta2=0.999, max_grad_norm=0.0,
+        lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, **more)
     pairs = dpo_trl.read_pairs(out / "pairs.jsonl")
-    return dpo_trl.trainer(paths["policy"], paths["model"], pairs, config), chosen, rejected
+    run = dpo_trl.trainer(paths["policy"], paths["model"], pairs, config)
+    run._get_train_sampler = torch.utils.data.SequentialSampler  # TRL shuffles otherwise
+    return run, chosen, rejected
 
 
 def our_logs(policy, reference, chosen, rejected):

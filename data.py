@@ -50,8 +50,9 @@ def parse(line):
 
 
 def read(line):
-    """`parse` of a whole answer in ids: also None without its end token, or with padding inside."""
-    return parse(decode(line)) if line[-1] == END and PAD not in line else None
+    """`parse` of an answer, a list of ids: also None if its one end token is not last, or padded."""
+    whole = END in line and line.index(END) == len(line) - 1 and PAD not in line
+    return parse(decode(line)) if whole else None
 
 
 # Lines made by rule.

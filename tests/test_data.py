@@ -314,3 +314,11 @@ def test_padding_that_a_model_wrote_itself_counts_as_written():
     ids = data.pad([line, data.prompt(100) + data.encode("50+50") + [data.END]])
     assert data.completion_mask(ids)[0].tolist() == [False] * 2 + [True] * 4 + [False] * 4
     assert data.lengths(ids).tolist() == [6, 10]
+
+
+def test_an_answer_is_read_only_if_it_ends_once_and_last():
+    right = [*data.encode("7=3+4"), data.END]
+    assert data.read(right) == (7, [3, 4])
+    for wrong in ([], right[:-1], right + [data.END], right + [data.PAD],
+                  [*data.encode("7=3"), data.END, *right[3:]], [data.PAD, *right]):
+        assert data.read(wrong) is None

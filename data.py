@@ -50,7 +50,7 @@ def parse(line):
 
 
 def read(line):
-    """`parse` of an answer, a list of ids: also None if its one end token is not last, or padded."""
+    """`parse` of an answer, a list of ids: also None unless its one end token comes last."""
     whole = END in line and line.index(END) == len(line) - 1 and PAD not in line
     return parse(decode(line)) if whole else None
 

@@ -21,7 +21,7 @@ def parser():
     what.add_argument("--pairs", choices=["sampled", "rule"], default="sampled",
                       help="answers sampled from --checkpoint, judged; or right sums made by rule")
     what.add_argument("--sft", action="store_true", help="write SFT lines instead of pairs")
-    new.add_argument("--n", type=cli.count, default=8192, help="pairs or lines to write")
+    new.add_argument("--n", type=cli.count, default=1024, help="pairs or lines to write")
     new.add_argument("--checkpoint", type=Path, default=Path("runs/sft.npz"),
                      help="the model that is sampled from")
     new.add_argument("--prefer", type=int, choices=range(2, 6), default=3,

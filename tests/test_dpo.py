@@ -1,4 +1,4 @@
-"""The DPO objective and its pairs: each test a line of mathematics (Rafailov et al. 2023, Eq. 7)."""
+"""The DPO objective and its pairs: each test a line of mathematics (Rafailov et al. 2023)."""
 import itertools
 import math
 

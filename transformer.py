@@ -94,6 +94,8 @@ class Transformer:
         Generator; a row stops at `end` or after max_new_tokens. All rows advance together, a column
         a step. A row with a longer prompt is still fed it while others write: nothing is padded.
         """
+        if not temperature >= 0:
+            raise ValueError(f"the temperature must be at least 0, not {temperature}")
         if temperature and rng is None:
             raise ValueError("sampling at a temperature needs rng, a numpy Generator")
         if len(prompts) == 0 or max_new_tokens < 1:
@@ -127,7 +129,7 @@ class Transformer:
 
     def save(self, path, **extra):
         """Write weights, config and `extra` facts as .npz; an earlier file stays whole."""
-        config = json.dumps({**dataclasses.asdict(self.config), **extra})
+        config = json.dumps({**extra, **dataclasses.asdict(self.config)})
         with atomic_write(path) as file:
             np.savez(file, config=config, **{n: p.data for n, p in self._parameters.items()})
 
@@ -153,11 +155,13 @@ class Transformer:
             if array is None or array.shape != shape or array.dtype.kind != "f":
                 found = "nothing" if array is None else f"{array.dtype} {array.shape}"
                 raise ValueError(f"{path}: {name} should be float32 {shape}, found {found}")
-            if not np.isfinite(array).all():
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+                arrays[name] = array.astype(np.float32)
+            if not np.isfinite(arrays[name]).all():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
         model = cls(config)
         for name, parameter in model._parameters.items():
-            parameter.data = arrays[name].astype(np.float32)
+            parameter.data = arrays[name]
         return model
 
 

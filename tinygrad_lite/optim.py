@@ -24,7 +24,7 @@ class Adam:
         m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) run along."""
         self.steps += 1
         beta1, beta2 = self.betas
-        grad = np.concatenate([np.zeros(p.size, p.dtype) if p.grad is None else p.grad.ravel()
+        grad = np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
                                for p in self.parameters])
         self.mean += (1 - beta1) * (grad - self.mean)
         grad *= grad
@@ -47,7 +47,7 @@ class Adam:
 def clip_grad_norm(parameters, max_norm):
     """Scale the gradients so that their joint norm is at most `max_norm`; return that before."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
+    norm = math.sqrt(sum(np.square(grad, dtype=np.float64).sum() for grad in grads))
     if norm > max_norm:
         for grad in grads:
             grad *= max_norm / norm

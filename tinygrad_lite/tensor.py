@@ -36,6 +36,8 @@ class Tensor:
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
+        if isinstance(data, Tensor):
+            raise TypeError("data is a Tensor already; .detach() makes one without its history")
         keep = getattr(data, "dtype", None) in (np.float32, np.float64)
         self.data = np.asarray(data) if keep else np.asarray(data, dtype=np.float32)
         self.grad = None
@@ -202,10 +204,10 @@ def gradients(root, grad=None):
         for parent, parent_grad in zip(parents, backward(grad), strict=True):
             if not parent.requires_grad:
                 continue
-            if (parent_grad.shape, parent_grad.dtype) != (parent.shape, parent.dtype):
-                raise RuntimeError(
-                    f"{backward.__qualname__} returned a {parent_grad.dtype} gradient of shape "
-                    f"{parent_grad.shape} for a {parent.dtype} tensor of shape {parent.shape}")
+            found = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
+            if found != (parent.dtype, parent.shape):
+                raise RuntimeError(f"{backward.__qualname__} returned {found[0]} {found[1]} as the "
+                                   f"gradient of a {parent.dtype} tensor of shape {parent.shape}")
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
             elif parent not in summed:

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -30,6 +31,7 @@ def main(program, argv=None):
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
         state = "is as it was" if before == _modified(out) else "is saved"
         return _fail(f"stopped; {out} {state}" if out else "stopped", 130)
     except BrokenPipeError:  # `| head -1` has read enough; nothing may be printed at exit either

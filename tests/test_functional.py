@@ -423,6 +423,14 @@ def test_attention_piece_by_piece_is_attention_of_the_whole(pieces, room, n_head
     assert np.allclose(np.concatenate(parts, axis=1), attend(qkv, n_heads), rtol=1e-12, atol=1e-12)
 
 
+def test_a_cache_keeps_the_dtype():
+    """Keys in float64 would double the memory and make all that follows float64."""
+    cache = F.KeyValueCache(3)
+    with no_grad():
+        out = attend(random_qkv(0, 1, 2, 2, 4).astype(np.float32), 2, cache=cache)
+    assert out.dtype == cache.keys.dtype == cache.values.dtype == np.float32
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=5).filter(any), sizes, sizes, seeds)
 def test_a_cache_keeps_the_chosen_lines(rows, before, after, seed):
     rows = np.array(rows)

@@ -365,6 +365,26 @@ def test_a_gradient_of_another_shape(shape):
     assert x.grad is None
 
 
+@pytest.mark.parametrize("wrong, found", [
+    (None, "None"), (np.ones((1, 2), np.float32), r"float32 \(1, 2\)"),
+    (np.ones(3, np.float32), r"float32 \(3,\)"), (np.ones(2), r"float64 \(2,\)")])
+def test_an_op_that_returns_no_gradient_of_its_parent_is_named(wrong, found):
+    """A float64 gradient or one that broadcasts would spread without a word."""
+    def careless(x):
+        def backward_of_careless(grad):
+            return (wrong,)
+        return Tensor(x.data.copy(), parents=(x,), backward=backward_of_careless)
+    x = leaf([1.0, 2.0])
+    with pytest.raises(RuntimeError, match=f"backward_of_careless returned {found}.*float32 .*2,"):
+        careless(x).sum().backward()
+    assert x.grad is None
+
+
+def test_a_tensor_is_no_data():
+    with pytest.raises(TypeError, match="detach"):
+        Tensor(Tensor([1.0]))
+
+
 def test_backward_of_what_records_nothing():
     with pytest.raises(RuntimeError):
         (Tensor([1.0]) * 2).backward()

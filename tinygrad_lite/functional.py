@@ -200,6 +200,7 @@ def _causal_mask(past, length, rows, dtype):
     return np.tile(np.tril(np.full((past + length, length), -np.inf, dtype), -1 - past), rows)
 
 
+@lru_cache(maxsize=64)
 def _rope_tables(half, past, batch, length, base, dtype):
     """cos and sin of position * base^(-i / half) in row i, for every position: (half, B T) each."""
     frequency = base ** (-np.arange(half) / half)

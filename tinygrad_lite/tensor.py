@@ -204,10 +204,12 @@ def gradients(root, grad=None):
         for parent, parent_grad in zip(parents, backward(grad), strict=True):
             if not parent.requires_grad:
                 continue
-            found = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
-            if found != (parent.dtype, parent.shape):
-                raise RuntimeError(f"{backward.__qualname__} returned {found[0]} {found[1]} as the "
-                                   f"gradient of a {parent.dtype} tensor of shape {parent.shape}")
+            data = parent.data
+            found = getattr(parent_grad, "dtype", None)
+            if found != data.dtype or parent_grad.shape != data.shape:
+                raise RuntimeError(
+                    f"{backward.__qualname__} returned {found} {getattr(parent_grad, 'shape', '')} "
+                    f"as the gradient of a {data.dtype} tensor of shape {data.shape}")
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
             elif parent not in summed:

@@ -55,12 +55,17 @@ def test_the_gradient_of_every_parameter(seed):
 
 
 def test_a_training_step_is_float32_throughout():
-    """Every node of the tape, every constant on it, and every gradient."""
+    """Every node of the tape, what each keeps for its backward pass, and every gradient."""
     model, ids = tiny_model(), random_ids(0, 3, 6)
     loss = -F.token_log_probs(model(ids[:, :-1]), ids[:, 1:]).mean()
     nodes = tape(loss)
     assert len(nodes) > 30
     assert {node.dtype for node in nodes} == {np.dtype(np.float32)}
+    cells = [cell.cell_contents for node in nodes if node.backward_fn
+             for cell in node.backward_fn.__closure__]
+    kept = [array for array in cells if isinstance(array, np.ndarray) and array.dtype.kind == "f"]
+    assert len(kept) > 20
+    assert {array.dtype for array in kept} == {np.dtype(np.float32)}
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {np.dtype(np.float32)}
 

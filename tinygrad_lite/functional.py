@@ -19,7 +19,7 @@ def _columns(array):
 
 
 def _from_columns(columns, shape):
-    """The inverse of `_columns`: (D, N) as a view of the shape (..., D)."""
+    """The inverse of `_columns`: (D, N), or D and N cut finer, as a view of the shape (..., D)."""
     return columns.reshape(shape[-1], *shape[:-1]).transpose(*range(1, len(shape)), 0)
 
 
@@ -179,8 +179,8 @@ def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
         np.matmul(_keys_last(grad_scores).swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
         grad_rotated[0] *= 1 / math.sqrt(head)
         grad_heads[:2] = _rotate(grad_rotated, cos, -sin)
-        return (_from_columns(grad_heads.reshape(width, -1), qkv.shape),)
-    shaped = _from_columns(out.reshape(width // 3, -1), (batch, length, width // 3))
+        return (_from_columns(grad_heads, qkv.shape),)
+    shaped = _from_columns(out, (batch, length, width // 3))
     return Tensor(shaped, parents=(qkv,), backward=backward)
 
 

@@ -180,7 +180,7 @@ def _sum_to(grad, shape):
         return grad
     new = grad.ndim - len(shape)
     axes = tuple(range(new)) + tuple(new + i for i, n in enumerate(shape) if n == 1)
-    return grad.sum(axis=axes, keepdims=True).reshape(shape)
+    return grad.sum(axis=axes).reshape(shape)
 
 
 def gradients(root, grad=None):

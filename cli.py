@@ -133,13 +133,13 @@ def sft_parser():
     parser = _Parser("sft", "Train a Transformer from scratch to write sums, by supervised "
                             "fine-tuning.")
     add = parser.add_argument
-    add("--steps", type=count, default=12000, help="training steps")
+    add("--steps", type=count, default=15000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
     add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
-    add("--d-model", type=count, default=48, help="width of the residual stream")
+    add("--d-model", type=count, default=32, help="width of the residual stream")
     add("--n-layers", type=count, default=3, help="number of blocks")
     add("--n-heads", type=count, default=4, help="attention heads; must divide --d-model")
-    add("--d-hidden", type=count, default=96, help="hidden width of the MLP")
+    add("--d-hidden", type=count, default=64, help="hidden width of the MLP")
     parser.add_common("weights and lines", "runs/sft.npz")
     return parser
 

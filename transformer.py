@@ -16,10 +16,10 @@ import data
 class Config:
     """Sizes of a model. Raises ValueError for sizes that do not fit together."""
     vocab_size: int
-    d_model: int = 48
+    d_model: int = 32
     n_layers: int = 3
     n_heads: int = 4
-    d_hidden: int = 96
+    d_hidden: int = 64
     max_len: int = 24
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 VOCABULARY = 14
 LEARNING_RATE, BETAS, EPS, MAX_NORM = 1e-3, (0.9, 0.99), 1e-8, 1.0
 Size = namedtuple("Size", "lines tokens d_model n_layers n_heads d_hidden")
-SIZES = {"default": Size(128, 18, 48, 3, 4, 96),
+SIZES = {"default": Size(128, 18, 32, 3, 4, 64),
          "demo": Size(256, 24, 64, 4, 8, 128),
          "wide": Size(256, 20, 128, 2, 4, 512)}
 

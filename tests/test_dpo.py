@@ -226,6 +226,20 @@ def test_logged_names_mean_what_the_field_means():
                    "rewards/accuracies": 0.5, "logps/chosen": -1.5, "logps/rejected": -2.0}
 
 
+@given(pairs, betas)
+def test_margins_and_accuracies_are_those_of_the_rewards(rows, beta):
+    """margin = reward of chosen - reward of rejected = beta h; a tie is no success."""
+    arrays = columns(rows)
+    log = dpo.rewards(*arrays, beta)
+    chosen, rejected = beta * (arrays[0] - arrays[2]), beta * (arrays[1] - arrays[3])
+    assert log["rewards/margins"] == pytest.approx(np.mean(beta * margin(arrays)), abs=1e-9)
+    assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"],
+                                                   abs=1e-9)
+    assert log["rewards/accuracies"] == sum(map(float.__gt__, chosen, rejected)) / len(rows)
+    tied = dpo.rewards(arrays[0], arrays[0], arrays[2], arrays[2], beta)
+    assert tied["rewards/accuracies"] == tied["rewards/margins"] == 0
+
+
 # Pairs.
 
 def read(line):
@@ -240,6 +254,12 @@ def test_rule_pairs_are_right_sums_that_differ_in_their_count(n, prefer, seed):
         assert sum(c[1]) == c[0] == r[0] == sum(r[1])
         assert c[0] not in data.HELD_OUT
         assert len(c[1]) == prefer != len(r[1]) and 2 <= len(r[1]) <= 5
+
+
+@pytest.mark.parametrize("prefer", [2, 3, 4, 5])
+def test_every_other_count_is_rejected_now_and_then(prefer):
+    _, rejected = dpo.rule_pairs(200, prefer, np.random.default_rng(0))
+    assert {len(read(line)[1]) for line in rejected} == {2, 3, 4, 5} - {prefer}
 
 
 class Scripted:
@@ -268,6 +288,29 @@ def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answ
         assert target not in data.HELD_OUT
         assert not dpo.prefers([i for i in r if i != data.PAD], 3)
         assert data.decode(r).split("=")[0] == str(target)
+
+
+def test_pairs_are_sampled_at_temperature_1_on_the_pool_that_is_given(monkeypatch):
+    """The probabilities that the loss compares are those of temperature 1."""
+    asked = []
+
+    def sample(model, targets, temperature, rng, map_fn):
+        asked.append((len(targets), temperature, map_fn))
+        return [data.prompt(t) + data.encode(RIGHT(t)) + [data.END] for t in targets]
+    monkeypatch.setattr(dpo.evaluation, "sample", sample)
+    pool = object()
+    dpo.sampled_pairs(None, 3, 4, 3, np.random.default_rng(0), pool)
+    dpo.masses(None, 3, np.random.default_rng(0), pool)
+    assert asked == [(12, 1.0, pool), (20 * len(data.HELD_OUT), 1.0, pool)]
+
+
+def test_masses_are_the_shares_of_the_four_kinds_of_answers():
+    scripted = Scripted(RIGHT, OTHER, WRONG, BROKEN, OTHER)
+    shares = dpo.masses(scripted, 3, np.random.default_rng(0), answers=5)
+    assert shares == {"right, preferred": 0.2, "right, other count": 0.4, "wrong sum": 0.2,
+                      "does not parse": 0.2}
+    shares = dpo.masses(scripted, 2, np.random.default_rng(0), answers=5)
+    assert (shares["right, preferred"], shares["right, other count"]) == (0.4, 0.2)
 
 
 def test_no_pair_is_none_and_a_run_without_pairs_stops_with_one_line():

@@ -120,6 +120,7 @@ def test_answers_to_a_prompt_the_greedy_one_first():
     assert all(row["answer"].startswith("42=") for row in rows)
     assert rows == evaluation.answers_to(model(), 42, samples=3, seed=1)
     assert rows != evaluation.answers_to(model(), 42, samples=3, seed=2)
+    assert evaluation.answers_to(model(), 42, 9) == evaluation.answers_to(model(), 42, 9, 1.0, 0)
 
 
 @pytest.mark.parametrize("terms, ended, total, right", [

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from helpers import log_softmax, seeds, tape, tiny_model
 from tinygrad_lite import Tensor, functional as F, no_grad
-from transformer import Config, Transformer
+from transformer import Config, Transformer, write_json
 
 VOCAB = 7  # of the tiny model
 tokens = st.integers(0, VOCAB - 1)
@@ -559,3 +559,14 @@ def test_weights_of_another_float_type_become_float32(load_changed, dtype):
     norm = np.linspace(0, 1, 24).astype(dtype)
     loaded = load_changed(norm=norm).named_parameters()["norm"].data
     assert loaded.dtype == np.float32 and np.array_equal(loaded, norm.astype(np.float32))
+
+
+def test_json_is_written_whole_and_readable(tmp_path):
+    facts = {"loss": [1.5, 2.0], "note": "ü", "none": None}
+    write_json(tmp_path / "runs" / "facts.json", facts)
+    assert json.loads((tmp_path / "runs" / "facts.json").read_text(encoding="utf-8")) == facts
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "runs" / "facts.json", {"a set": {1}})
+    assert json.loads((tmp_path / "runs" / "facts.json").read_text(encoding="utf-8")) == facts
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]

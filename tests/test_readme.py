@@ -2,7 +2,11 @@
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import cli
 
@@ -25,6 +29,26 @@ def test_every_command_is_one_its_program_takes():
 def test_commands_of_other_programs_name_files_that_are_there():
     for name in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)", README):
         assert (ROOT / name).is_file(), name
+
+
+# What makes a command of the README short: fewer steps, the same everything else.
+SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 2 --prompts 16 --answers 2",
+         "benchmarks/train_step.py": "--sizes default --rounds 1 --steps 2",
+         "benchmarks/sample.py": "--prompts 8 --rounds 1", "benchmarks/scaling.py": "--help",
+         "benchmarks/profile_step.py": "--steps 2", "benchmarks/experiments.py": "--help"}
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path):
+    """As written, but for SHORT; in the order of the main command, then of the README."""
+    found = re.findall(r"python ((?:benchmarks/)?\w+\.py)([^`&\n(]*)", README)
+    commands = [("sft.py", ""), ("dpo.py", " --pairs rule"), *found]
+    for program, flags in dict.fromkeys(commands):
+        command = [sys.executable, ROOT / program, *shlex.split(flags),
+                   *SHORT.get(program, "").split()]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, (command, result.stderr)
+        assert result.stdout and "Traceback" not in result.stderr, (command, result.stderr)
 
 
 def test_line_counts():

@@ -148,7 +148,8 @@ def dpo_parser():
     parser = _Parser("dpo", "Teach a trained model a preference by Direct Preference Optimization.")
     add = parser.add_argument
     add("--beta", type=positive, default=0.8,
-        help="how strongly to hold on to the reference: the paper's beta")
+        help="the paper's beta: the larger, the smaller the step away from the reference that "
+             "satisfies the loss")
     add("--pairs", choices=["sampled", "rule"], default="sampled",
         help="the model's own answers, judged; or right sums made by rule, which ruin the model")
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")

@@ -27,8 +27,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     """- mean over pairs of log sigmoid(beta h): four times (pairs,) -> scalar Tensor.
 
     Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of prompt x,
-        h = log pi(y_w | x) / pi_ref(y_w | x) - log pi(y_l | x) / pi_ref(y_l | x)
-    where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens. The
+        h = log(pi(y_w | x) / pi_ref(y_w | x)) - log(pi(y_l | x) / pi_ref(y_l | x))
+    where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
+    Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected). The
     gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected).
     """
     policy_log_ratio = policy_chosen_logps - policy_rejected_logps
@@ -46,7 +47,7 @@ def pair_logps(model, chosen, rejected):
 def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
     """What a DPO run logs of log-probabilities (pairs,), under the names the field uses.
 
-    A reward is beta log pi / pi_ref (Rafailov et al. 2023, section 4); all are means over pairs.
+    A reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4); all are means over pairs.
     """
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
@@ -79,8 +80,8 @@ def rule_pairs(n, prefer, rng):
 def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
     """Pairs of the model's own answers: `answers` to each of `prompts` training targets, judged.
 
-    To each target, answers that `prefers` likes are paired off with others. A target whose answers
-    are all of one kind gives no pair; None if no target gives any.
+    To each target, answers that `prefers` likes are paired off with others, one to one; what is
+    left over is dropped. None if no target has answers of both kinds.
     """
     targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
     lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
@@ -103,7 +104,8 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
 def train(model, reference, make_pairs, rounds, beta, lr, map_fn=map):
     """The DPO loop: a round asks make_pairs() for pairs and takes one step. Yields logs, as dicts.
 
-    Trains `model` in place; `reference` is only read. A round without pairs is skipped, with 0
+    Trains `model` in place; `reference` is only read. A log tells of the pairs before the step: at
+    first policy and reference are one, the loss is log 2. A round without pairs is skipped, with 0
     "pairs" in its log. Raises UserError if that goes on, or if the loss is no longer finite.
     """
     parameters = model.parameters()
@@ -174,7 +176,8 @@ def main(arguments):
                 return rule_pairs(arguments.prompts, prefer, rng)
             return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, pool.map)
 
-        progress, history = Progress(rounds, "round"), []
+        start = masses(model, prefer, np.random.default_rng(0), pool.map)
+        progress, history = Progress(rounds, "round"), [{"round": 0, "pairs": 0, "masses": start}]
         for row in train(model, reference, make_pairs, rounds, arguments.beta, arguments.lr,
                          pool.map):
             if row["round"] % max(1, rounds // 40) == 0:

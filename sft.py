@@ -24,7 +24,7 @@ def completion_logps(model, ids):
 
     The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
     """
-    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])  # (B, T - 1)
+    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])  # (B, T - 1), of the next token
     return (token_logps * data.completion_mask(ids)[:, 1:]).sum(axis=1)
 
 

@@ -20,7 +20,7 @@ class Config:
     n_layers: int = 3
     n_heads: int = 4
     d_hidden: int = 64
-    max_len: int = 24
+    max_len: int = 24  # tokens of a line; kept with the weights, rotary positions need no table
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -42,15 +42,15 @@ class Transformer:
         self._parameters = {}
         for name, shape in parameter_shapes(config).items():
             if len(shape) == 1:
-                data = np.ones(shape, np.float32)
+                array = np.ones(shape, np.float32)
             else:
                 # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
                 # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
                 std = 1.0 if name == "embedding" else shape[0] ** -0.5
                 if name.endswith(("attention_out", "down")):
                     std /= (2 * config.n_layers) ** 0.5
-                data = rng.normal(0, std, shape).astype(np.float32)
-            self._parameters[name] = Tensor(data, requires_grad=True)
+                array = rng.normal(0, std, shape).astype(np.float32)
+            self._parameters[name] = Tensor(array, requires_grad=True)
 
     def named_parameters(self):
         """{name: Tensor} in the order of a checkpoint."""

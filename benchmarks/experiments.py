@@ -76,7 +76,7 @@ def lesson(arguments):
     runs = {"rule pairs": facts["DPO, rule pairs"]["history"],
             "sampled pairs": facts["DPO"]["history"]}
     for title, history in runs.items():
-        for when, log in (("first", history[0]), ("last", history[-1])):
+        for when, log in (("first", history[1]), ("last", history[-1])):
             shown = {key: round(log[key], 2) for key in ("loss", "logps/chosen", "logps/rejected")}
             print(f"{title}, {when} round: {shown}")
         measured = [log for log in history if "masses" in log]

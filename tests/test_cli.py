@@ -123,7 +123,8 @@ def test_sft_dpo_eval_end_to_end(capsys, tmp_path):
     rule = ["--pairs", "rule", "--prompts", "8", "--rounds", "3", "--threads", "1"]
     assert cli.main("dpo", ["--sft", str(sft), "--out", str(dpo), *rule]) == 0
     facts = json.loads(dpo.with_suffix(".json").read_text())
-    assert {"loss", "rewards/margins", "logps/chosen", "masses"} <= set(facts["history"][0])
+    assert set(facts["history"][0]) == {"round", "pairs", "masses"}  # before the first step
+    assert {"loss", "rewards/margins", "logps/chosen", "masses"} <= set(facts["history"][1])
     assert {path.name for path in tmp_path.iterdir()} == {
         "sft.npz", "sft.json", "sft-loss.png", "sft-dist.png",
         "dpo.npz", "dpo.json", "dpo-dist.png", "dpo-training.png"}

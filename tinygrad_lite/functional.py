@@ -76,7 +76,7 @@ def rms_norm(x, weight, eps=1e-6):
 def swiglu(gate_up):
     """silu(gate) * up of the two halves [gate | up] of the last axis: (..., 2F) -> (..., F).
 
-    Shazeer 2020, Eq. 6, with silu(a) = a s and s = sigmoid(a). As ds/da = s (1 - s),
+    Shazeer 2020, Eq. 6, with silu(a) = a s and s = sigmoid(a). As ds/da = s (1 - s), and g = dL/dy,
         dL/dup = g silu(gate)        dL/dgate = g up (s + silu(gate) (1 - s))
     """
     columns = _columns(gate_up.data)  # (2F, N)
@@ -140,17 +140,17 @@ def token_log_probs(logits, targets):
 def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
     """Rotary causal attention: (B, T, 3D) = [q | k | v], heads side by side in each -> (B, T, D).
 
-    Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34). For
-    one head of width d and j <= i:
+    Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
+    feature i turns with i + d / 2). For one head of width d and j <= i, `*` elementwise:
         S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)        P = softmax of S over j        O = P V
     Backward, with G = dL/dO:
-        dL/dV = P^T G        dL/dP = G V^T        dL/dS = P (dL/dP - sum over j of P dL/dP)
+        dL/dV = P^T G        dL/dP = G V^T        dL/dS = P * (dL/dP - sum over j of P * dL/dP)
         dL/d(Rq) = dL/dS (Rk) / sqrt(d)           dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
     and R^T = R^-1 turns these back. `cache`, a KeyValueCache of earlier positions, is for no_grad.
     """
-    batch, length, width = qkv.shape
+    batch, length, width = qkv.shape  # B, T, 3D
     head, past = width // 3 // n_heads, cache.length if cache else 0
-    heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)
+    heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)  # (3, H, d, B, T)
     cos, sin = _rope_tables(head // 2, past, batch, length, rope_base, qkv.dtype)
     rotated = _rotate(heads[:2], cos, sin)
     rotated[0] *= 1 / math.sqrt(head)  # on q, which is smaller than S

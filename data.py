@@ -120,7 +120,8 @@ def completion_mask(ids):
 
 
 def lengths(ids):
-    """Tokens of each line up to its last that is not padding: a model may write that token, too."""
+    """Tokens of each line up to its last that is not padding; a pad token before that, which only
+    a model can have written, counts."""
     return ids.shape[1] - (ids != PAD)[:, ::-1].argmax(axis=1)
 
 

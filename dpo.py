@@ -30,7 +30,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
         h = log(pi(y_w | x) / pi_ref(y_w | x)) - log(pi(y_l | x) / pi_ref(y_l | x))
     where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
     Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected). The
-    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected).
+    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected);
+    the reference's are arrays, or Tensors made under no_grad.
     """
     policy_log_ratio = policy_chosen_logps - policy_rejected_logps
     reference_log_ratio = reference_chosen_logps - reference_rejected_logps

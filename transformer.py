@@ -34,7 +34,10 @@ class Config:
 
 
 class Transformer:
-    """x += attention(norm(x)); x += mlp(norm(x)) in each block: Llama's, without biases."""
+    """x += attention(norm(x)); x += mlp(norm(x)) in each block, logits = head(norm(x)).
+
+    Llama's: RMSNorm, rotary positions, SwiGLU, no biases, an untied head.
+    """
 
     def __init__(self, config, seed=0):
         self.config = config
@@ -166,7 +169,11 @@ class Transformer:
 
 
 def parameter_shapes(config):
-    """{name: shape} of every parameter, in the order of a checkpoint."""
+    """{name: shape} of every parameter, in the order of a checkpoint.
+
+    Matrices are (inputs, outputs), used as x @ W; qkv = [q | k | v] and gate_up = [gate | up] side
+    by side. RMSNorm's eps is 1e-6, the rotary base 10,000: the defaults of `functional`.
+    """
     d, f, v = config.d_model, config.d_hidden, config.vocab_size
     block = {"attention_norm": (d,), "qkv": (d, 3 * d), "attention_out": (d, d),
              "mlp_norm": (d,), "gate_up": (d, 2 * f), "down": (f, d)}

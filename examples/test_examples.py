@@ -137,6 +137,17 @@ def test_a_folder_comes_back_to_the_bit(policy, paths, tmp_path):
         assert same_weights(evaluation.load(tmp_path / "back.npz"), policy)
 
 
+@pytest.mark.parametrize("field, value", [
+    ("rms_norm_eps", 1e-5), ("hidden_act", "gelu"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 500.0})])
+def test_a_folder_that_our_model_cannot_be_is_refused(field, value, paths, tmp_path):
+    llama = AutoModelForCausalLM.from_pretrained(paths["policy"])
+    setattr(llama.config, field, value)
+    llama.save_pretrained(tmp_path / "other")
+    with pytest.raises(cli.UserError, match=field):
+        to_hugging_face.from_hugging_face(tmp_path / "other")
+
+
 # The pairs.
 
 def load(path):

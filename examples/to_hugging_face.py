@@ -114,6 +114,11 @@ def from_hugging_face(folder):
         model = Transformer(Config(llama.vocab_size, llama.hidden_size, llama.num_hidden_layers,
                                    llama.num_attention_heads, llama.intermediate_size,
                                    llama.max_position_embeddings))
+        expected = llama_config(model.config)
+        for name in ("rms_norm_eps", "rope_parameters", "hidden_act", "tie_word_embeddings",
+                     "num_key_value_heads"):  # what our model cannot do otherwise
+            if getattr(llama, name) != getattr(expected, name):
+                raise ValueError(f"{name} is {getattr(llama, name)}")
         weights = load_file(folder / "model.safetensors")
         for name, parameter in model.named_parameters().items():
             pieces = [turned(name, weights[theirs]) for theirs in their_names(name)]

@@ -160,7 +160,8 @@ class Tensor:
         return Tensor(out, parents=(self,), backward=lambda grad: (grad.reshape(self.shape),))
 
     def transpose(self, *axes):
-        """Axis i of the result is axis axes[i] of self; without axes, all are reversed."""
+        """Axis i of the result is axis axes[i] of self, as in NumPy and torch's permute; without
+        axes, all are reversed."""
         axes = [axis % self.ndim for axis in axes or reversed(range(self.ndim))]
         return Tensor(self.data.transpose(axes), parents=(self,),
                       backward=lambda grad: (grad.transpose(np.argsort(axes)),))

@@ -275,6 +275,7 @@ def test_shards_hold_every_line_once_and_whole(n, size, seed):
 def test_shards_hold_about_as_many_tokens_each(n, seed):
     """Up to one line, at the cut: otherwise one thread would wait for another."""
     shards = [shard for shard, in data.by_length(random_batch(seed, n), size=n // 4)]
+    assert len(shards) == math.ceil(n / (n // 4))
     tokens = [(shard != data.PAD).sum() for shard in shards]
     assert max(tokens) - min(tokens) <= 2 * max(shard.shape[1] for shard in shards)
 
@@ -302,10 +303,22 @@ def test_rows_of_several_arrays_stay_together(n, size, seed):
         assert x.shape[1] == max(map(token_count, [*x, *y]))
 
 
-def test_lines_of_equal_length_keep_their_order():
-    ids = data.pad([[1, 1], [2, 2], [3, 3, 3], [4, 4]])
-    shards = data.by_length(ids, size=3)
-    assert [row[0] for shard, in shards for row in shard] == [3, 1, 2, 4]
+@given(st.integers(10, 300), st.integers(5, 100))
+def test_lines_of_one_length_are_cut_evenly(n, size):
+    """As many shards as it takes for about `size` rows each, alike up to a row at either end."""
+    rows = [len(shard) for shard, in data.by_length(np.ones((n, 3), int), size=size)]
+    assert sum(rows) == n and len(rows) == math.ceil(n / size)
+    assert max(rows) - min(rows) <= 2
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=200), st.integers(1, 300))
+def test_lines_of_equal_length_keep_their_order(lengths, size):
+    """Many lines, since NumPy's other ways to sort keep the order of a few, too."""
+    ids = np.full((len(lengths), 3), data.PAD)
+    for i, length in enumerate(lengths):
+        ids[i, :length] = 100 + i  # tells the rows apart
+    found = [row[0] - 100 for shard, in data.by_length(ids, size=size) for row in shard]
+    assert found == sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def test_padding_that_a_model_wrote_itself_counts_as_written():

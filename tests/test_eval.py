@@ -22,8 +22,9 @@ def answer(target, terms, ended=True):
     return data.prompt(target) + data.encode("+".join(map(str, terms))) + [data.END] * ended
 
 
-answers = st.tuples(st.integers(5, 100), st.lists(st.integers(0, 99), min_size=1, max_size=7),
-                    st.booleans())
+term_lists = st.lists(st.integers(0, 99), min_size=1, max_size=7)
+answers = (st.tuples(st.integers(5, 100), term_lists, st.booleans())
+           | term_lists.map(lambda terms: (sum(terms), terms, True)))  # right ones
 
 
 @given(st.lists(answers, min_size=1, max_size=12), st.integers(2, 5))
@@ -37,8 +38,8 @@ def test_the_metrics_are_their_definitions(several, prefer):
     assert found["preferred"] == sum(len(terms) == prefer for _, terms in parsed) / n
     errors = [abs(sum(terms) - target) for target, terms in parsed]
     assert found["mean_abs_error"] == (np.mean(errors) if errors else None)
-    for k in range(2, 6):
-        assert found["counts"][str(k)] == sum(len(terms) == k for _, terms in parsed)
+    sizes = [len(terms) for _, terms in parsed]
+    assert found["counts"] == {str(k): sizes.count(k) for k in {2, 3, 4, 5, *sizes}}
     assert sum(found["counts"].values()) == len(parsed)
 
 
@@ -95,9 +96,24 @@ def test_the_rows_of_an_evaluation():
     targets = [target for target in data.HELD_OUT for _ in range(4)]
     lines = evaluation.sample(model(), targets, 1.0, np.random.default_rng(3))
     assert rows[2] == {"mode": "sampled", "targets": "held-out", **evaluation.metrics(lines, 2)}
-    cold = evaluation.evaluate(model(), seed=3, answers=4, temperature=1e-6)
-    assert {**cold[2], "n": 20}["exact"] == cold[0]["exact"]
-    assert evaluation.evaluate(model(), 0)[2]["n"] == 50 * 20
+    greedy = evaluation.sample(model(), data.HELD_OUT, 0.0, np.random.default_rng(3))
+    assert rows[0] == {"mode": "greedy", "targets": "held-out", **evaluation.metrics(greedy, 2)}
+
+
+def test_what_an_evaluation_asks_for(monkeypatch):
+    """50 answers at temperature 1, three terms preferred, on the pool that is given."""
+    asked, pool = [], object()
+
+    def sample(model, targets, temperature, rng, map_fn):
+        asked.append((len(targets), temperature, map_fn))
+        return [answer(target, [1, 1, target - 2]) for target in targets]
+    monkeypatch.setattr(evaluation, "sample", sample)
+    rows = evaluation.evaluate(None, 0, map_fn=pool)
+    assert asked == [(20, 0.0, pool), (96, 0.0, pool), (1000, 1.0, pool), (4800, 1.0, pool)]
+    assert [row["preferred"] for row in rows] == [1, 1, 1, 1]
+    assert evaluation.evaluate(None, 0, 2, pool)[0]["preferred"] == 0
+    evaluation.evaluate(None, 0, answers=3, temperature=0.5)
+    assert asked[-1][:2] == (288, 0.5)
 
 
 def test_the_table_says_what_the_rows_say():

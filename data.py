@@ -55,6 +55,15 @@ def read(line):
     return parse(decode(line)) if whole else None
 
 
+def prefers(terms, prefer):
+    """The preference that DPO teaches and `preferred` counts: a list of exactly `prefer` terms.
+
+    To teach another one, change this function: terms in rising order would be
+    `len(terms) > 1 and terms == sorted(set(terms))`.
+    """
+    return len(terms) == prefer
+
+
 # Lines made by rule.
 
 def random_terms(targets, counts, rng):

@@ -60,17 +60,18 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
 
 # Preference pairs: chosen and rejected lines, ids (pairs, T) each, padded to one length.
 
-def prefers(line, prefer):
-    """The preference: does an answer (ids) parse, sum to its target and have `prefer` terms?
-
-    To teach another preference, change this function.
-    """
+def is_chosen(line, prefer):
+    """May an answer (ids) be the chosen one: does it parse, sum to its target, and please?"""
     parsed = data.read(line)
-    return parsed is not None and sum(parsed[1]) == parsed[0] and len(parsed[1]) == prefer
+    return (parsed is not None and sum(parsed[1]) == parsed[0]
+            and data.prefers(parsed[1], prefer))
 
 
 def rule_pairs(n, prefer, rng):
-    """n pairs of right sums made by rule, the chosen with `prefer` terms, the rejected without."""
+    """n pairs of right sums made by rule, the chosen with `prefer` terms, the rejected without.
+
+    The demo's recipe, for a preferred number of terms only: it does not ask `data.prefers`.
+    """
     targets = np.tile(rng.choice(data.TRAINING, n), 2)
     others = [k for k in range(data.MIN_TERMS, data.MAX_TERMS + 1) if k != prefer]
     counts = np.concatenate([np.full(n, prefer), rng.choice(others, n)])
@@ -81,17 +82,17 @@ def rule_pairs(n, prefer, rng):
 def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
     """Pairs of the model's own answers: `answers` to each of `prompts` training targets, judged.
 
-    To each target, answers that `prefers` likes are paired off with others, one to one; what is
-    left over is dropped. None if no target has answers of both kinds.
+    To each target, answers that may be chosen are paired off with others, one to one; what is left
+    over is dropped. None if no target has answers of both kinds.
     """
     targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
     lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
     chosen, rejected = [], []
     for start in range(0, len(lines), answers):
         own = lines[start:start + answers]
-        liked = [line for line in own if prefers(line, prefer)]
-        others = [line for line in own if not prefers(line, prefer)]
-        for c, r in zip(liked, others):
+        good = [line for line in own if is_chosen(line, prefer)]
+        others = [line for line in own if not is_chosen(line, prefer)]
+        for c, r in zip(good, others):
             chosen.append(c)
             rejected.append(r)
     if not chosen:
@@ -153,7 +154,7 @@ def masses(model, prefer, rng, map_fn=map, answers=20):
         elif sum(parsed[1]) != parsed[0]:
             kinds["wrong sum"] += 1
         else:
-            kinds["right, preferred" if prefers(line, prefer) else "right, other count"] += 1
+            kinds["right, preferred" if is_chosen(line, prefer) else "right, other"] += 1
     return {kind: count / len(lines) for kind, count in kinds.items()}
 
 

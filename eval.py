@@ -39,8 +39,9 @@ def metrics(lines, prefer=3):
     """What a list of answers (ids) is worth, as a dict.
 
     `mean_abs_error` of the sum, over the answers that parse (None if none does). `exact`, `format`
-    and `preferred`: the shares of all answers that sum to the target, that parse, and that have
-    `prefer` terms. `counts`: {number of terms: answers} of those that parse. `n`: all answers.
+    and `preferred`: the shares of all answers that sum to the target, that parse, and whose terms,
+    whatever their sum, `data.prefers`. `counts`: {number of terms: answers} of those that parse.
+    `n`: all answers.
     """
     parsed = [pair for pair in map(data.read, lines) if pair]
     errors = [abs(sum(terms) - target) for target, terms in parsed]
@@ -49,7 +50,8 @@ def metrics(lines, prefer=3):
     n = len(lines)
     return {"n": n, "mean_abs_error": sum(errors) / len(errors) if errors else None,
             "exact": errors.count(0) / n, "format": len(parsed) / n,
-            "preferred": sizes.count(prefer) / n, "counts": counts}
+            "preferred": sum(data.prefers(terms, prefer) for _, terms in parsed) / n,
+            "counts": counts}
 
 
 def evaluate(model, seed, prefer=3, map_fn=map, answers=ANSWERS, temperature=1.0):
@@ -70,7 +72,8 @@ def table(rows, prefer=3):
     lines = [f"{'checkpoint':{width}}  mode     targets   answers  error  exact  format  preferred"
              f"   % with " + "".join(f"{k:>4}" for k in counts) + " terms"]
     for row in rows:
-        error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
+        error = row["mean_abs_error"]
+        error = "-" if error is None else f"{error:.2f}" if error < 1000 else f"{error:.0e}"
         shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in counts)
         lines.append(f"{row['checkpoint']:{width}}  {row['mode']:7}  {row['targets']:8}  "
                      f"{row['n']:7,}  {error:>5}  {row['exact']:5.3f}  {row['format']:6.3f}  "

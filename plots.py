@@ -5,7 +5,7 @@ import data
 from transformer import atomic_write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#e08214", "#3a923a", "#c03d3e", "#8c8c8c"
-KINDS = {"right, preferred": GREEN, "right, other count": BLUE,  # of answers, with their colours
+KINDS = {"right, preferred": GREEN, "right, other": BLUE,  # of answers, with their colours
          "wrong sum": RED, "does not parse": GREY}
 
 

@@ -286,7 +286,7 @@ def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answ
         target, terms = read(c)
         assert sum(terms) == target and len(terms) == 3
         assert target not in data.HELD_OUT
-        assert not dpo.prefers([i for i in r if i != data.PAD], 3)
+        assert not dpo.is_chosen([i for i in r if i != data.PAD], 3)
         assert data.decode(r).split("=")[0] == str(target)
 
 
@@ -307,10 +307,10 @@ def test_pairs_are_sampled_at_temperature_1_on_the_pool_that_is_given(monkeypatc
 def test_masses_are_the_shares_of_the_four_kinds_of_answers():
     scripted = Scripted(RIGHT, OTHER, WRONG, BROKEN, OTHER)
     shares = dpo.masses(scripted, 3, np.random.default_rng(0), answers=5)
-    assert shares == {"right, preferred": 0.2, "right, other count": 0.4, "wrong sum": 0.2,
+    assert shares == {"right, preferred": 0.2, "right, other": 0.4, "wrong sum": 0.2,
                       "does not parse": 0.2}
     shares = dpo.masses(scripted, 2, np.random.default_rng(0), answers=5)
-    assert (shares["right, preferred"], shares["right, other count"]) == (0.4, 0.2)
+    assert (shares["right, preferred"], shares["right, other"]) == (0.4, 0.2)
 
 
 def test_no_pair_is_none_and_a_run_without_pairs_stops_with_one_line():

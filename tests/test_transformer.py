@@ -138,6 +138,11 @@ def test_ids_that_are_no_ids(ids):
         tiny_model()(np.array(ids))
 
 
+def test_ids_beyond_the_vocabulary_are_told_its_range():
+    with pytest.raises(ValueError, match=f"0 ... {VOCAB - 1}$"):
+        tiny_model()(np.array([[VOCAB]]))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_ids_of_any_integer_type(dtype):
     ids = random_ids(0, 2, 3)
@@ -312,6 +317,12 @@ def test_one_seed_gives_one_sample(prompts, seed):
 def test_sampling_needs_a_generator():
     with pytest.raises(ValueError, match="rng"):
         tiny_model().generate([[1]], 1, temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_a_temperature_is_not_negative(temperature):
+    with pytest.raises(ValueError, match=f"temperature.*{temperature}"):
+        tiny_model().generate([[1]], 1, temperature, np.random.default_rng(0))
 
 
 def test_generation_of_nothing():

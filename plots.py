@@ -127,6 +127,7 @@ def beta_sweep(points, path):
     for p in points:
         ax.annotate(f"{p['beta']:g}", (p["divergence"], min(p["preferred"], p["exact"])),
                     textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
+    ax.margins(0.08, 0.15)  # room for the labels
     ax.set(xlabel="KL(policy || reference), nats per answer", ylabel="share of sampled answers",
            title="held-out targets, labelled by beta")
     ax.legend(frameon=False)

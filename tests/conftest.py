@@ -1,5 +1,6 @@
 """What pytest does first: find the project, load NumPy as the project does, set up hypothesis."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tinygrad_lite  # noqa: E402, F401  before NumPy, for the number of BLAS threads
 from hypothesis import settings  # noqa: E402
+
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No database of earlier failures: a run depends on nothing that another run left behind.
 settings.register_profile("default", deadline=None, max_examples=25, database=None)

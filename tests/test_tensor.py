@@ -82,6 +82,16 @@ def test_gradcheck_works_in_float64_whatever_it_is_given(dtype):
     assert set(seen) == {np.dtype(np.float64)}
 
 
+@pytest.mark.parametrize("found, true", [(1000.0, 1.0), (1.0, 1000.0), (0.1, 0.3), (-2.0, 3.0)])
+def test_the_error_is_absolute_below_1_and_relative_above(found, true):
+    def linear(x):
+        return Tensor(true * x.data, parents=(x,), backward=lambda grad: (found * grad,))
+    weight = abs(np.random.default_rng(0).standard_normal(()))  # of the one element
+    a, b = weight * found, weight * true
+    assert gradcheck(linear, np.array(0.5)) == pytest.approx(
+        abs(a - b) / max(1, abs(a), abs(b)), rel=1e-6)
+
+
 def test_gradcheck_gives_one_answer():
     x = normal(0, 20)
     assert len({gradcheck(lambda x: (x * x + 1).log(), x) for _ in range(3)}) == 1

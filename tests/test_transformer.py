@@ -190,6 +190,10 @@ def test_the_seed_makes_the_weights(seed, other):
         assert not any(np.array_equal(a[name], b[name]) for name in a if a[name].ndim == 2)
 
 
+def test_the_default_seed_is_0():
+    assert same(Transformer(Config(**GOOD)), Transformer(Config(**GOOD), seed=0))
+
+
 def test_activations_start_near_one():
     """Logits of a new model neither vanish nor explode, however deep it is."""
     for n_layers in (1, 8):
@@ -226,8 +230,9 @@ def test_heads_must_divide_the_width_into_even_parts(d_model, n_heads):
     fits = d_model % (2 * n_heads) == 0
     try:
         Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads})
-    except ValueError:
+    except ValueError as error:
         assert not fits
+        assert ("not divisible" if d_model % n_heads else "odd head size") in str(error)
     else:
         assert fits
 
@@ -519,6 +524,11 @@ def test_an_array_that_is_not_the_models(load_changed, array):
         found = "norm holds NaN or infinity"
     with pytest.raises(ValueError, match=f"model.npz.*{re.escape(found)}"):
         load_changed(norm=array)
+
+
+def test_an_array_of_another_name(load_changed):
+    with pytest.raises(ValueError, match="norm should be float32 .24,., found nothing"):
+        load_changed(norm=None, gain=np.ones(24, np.float32))
 
 
 @pytest.mark.parametrize("name", ["extra", "blocks.1.qkv"])

@@ -89,9 +89,9 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
     lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
     chosen, rejected = [], []
     for start in range(0, len(lines), answers):
-        own = lines[start:start + answers]
-        good = [line for line in own if is_chosen(line, prefer)]
-        others = [line for line in own if not is_chosen(line, prefer)]
+        judged = [(line, is_chosen(line, prefer)) for line in lines[start:start + answers]]
+        good = [line for line, verdict in judged if verdict]
+        others = [line for line, verdict in judged if not verdict]
         for c, r in zip(good, others):
             chosen.append(c)
             rejected.append(r)
@@ -154,7 +154,8 @@ def masses(model, prefer, rng, map_fn=map, answers=20):
         elif sum(parsed[1]) != parsed[0]:
             kinds["wrong sum"] += 1
         else:
-            kinds["right, preferred" if is_chosen(line, prefer) else "right, other"] += 1
+            liked = data.prefers(parsed[1], prefer)
+            kinds["right, preferred" if liked else "right, other"] += 1
     return {kind: count / len(lines) for kind, count in kinds.items()}
 
 

@@ -48,3 +48,10 @@ def tiny_model(seed=0, dtype=np.float32, vocab_size=7, n_layers=2):
     for parameter in model.parameters():
         parameter.data = parameter.data.astype(dtype)
     return model
+
+
+def flip(content, bit):
+    """`content`, bytes, with one bit flipped."""
+    content = bytearray(content)
+    content[bit // 8] ^= 1 << bit % 8
+    return bytes(content)

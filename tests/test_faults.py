@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+from helpers import flip
 from test_cli import ROOT, TINY
 from transformer import Config, Transformer
 
@@ -26,8 +27,8 @@ sys.exit(cli.main(sys.argv[2], sys.argv[4:]))
 """
 
 
-def interrupt(program, place, *flags):
-    return subprocess.run([sys.executable, "-c", INTERRUPTED, ROOT, program, place,
+def interrupt(program, place, *flags, code=INTERRUPTED):
+    return subprocess.run([sys.executable, "-c", code, ROOT, program, place,
                            *map(str, flags)], capture_output=True, text=True, timeout=60)
 
 
@@ -92,9 +93,7 @@ def test_a_thousand_flipped_bits(earlier, tmp_path):
     expected = {name: p.data for name, p in Transformer.load(path).named_parameters().items()}
     damaged, refused = tmp_path / "damaged.npz", 0
     for bit in np.random.default_rng(0).integers(0, 8 * len(content), 1000):
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        damaged.write_bytes(changed)
+        damaged.write_bytes(flip(content, bit))
         try:
             model = Transformer.load(damaged)
         except ValueError as error:
@@ -113,9 +112,7 @@ def test_a_json_that_cannot_be_written_leaves_checkpoint_and_earlier_json(earlie
     facts.write_text('{"an earlier": "run"}')
     code = INTERRUPTED.replace("os.kill(os.getpid(), signal.SIGINT)",
                                "raise OSError(28, 'No space left on device', str(args[0]))")
-    result = subprocess.run([sys.executable, "-c", code, ROOT, "sft", "sft:write_json", *TINY,
-                             "--steps", "3", "--out", path], capture_output=True, text=True,
-                            timeout=60)
+    result = interrupt("sft", "sft:write_json", *TINY, "--steps", 3, "--out", path, code=code)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "No space left" in result.stderr
     Transformer.load(path)

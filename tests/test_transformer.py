@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from helpers import log_softmax, seeds, tape, tiny_model
+from helpers import flip, log_softmax, seeds, tape, tiny_model
 from tinygrad_lite import Tensor, functional as F, no_grad
 from transformer import Config, Transformer, write_json
 
@@ -438,12 +438,6 @@ def refused_or_harmless(load, model, content):
         return same(load(content), model)
     except ValueError as error:
         return "model.npz" in str(error)
-
-
-def flip(content, bit):
-    content = bytearray(content)
-    content[bit // 8] ^= 1 << bit % 8
-    return bytes(content)
 
 
 @given(st.data())

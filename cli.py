@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--seed", type=seed, default=0, help=f"of {seed_of}; the same seed, the same run")
         add("--threads", type=count, default=min(8, os.cpu_count() or 1),
-            help="cores to use; the result does not depend on it")
+            help="processes to compute in, best one a core; the result does not depend on it")
         if out:
             add("--out", type=checkpoint_path, default=Path(out),
                 help="the checkpoint to write; a .json and pictures go beside it")
@@ -133,7 +133,7 @@ def sft_parser():
     parser = _Parser("sft", "Train a Transformer from scratch to write sums, by supervised "
                             "fine-tuning.")
     add = parser.add_argument
-    add("--steps", type=count, default=15000, help="training steps")
+    add("--steps", type=count, default=20000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
     add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=count, default=32, help="width of the residual stream")

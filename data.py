@@ -139,7 +139,7 @@ def by_length(*arrays, size):
 
     Row i of every array stays with row i of the others. The longest lines come first, and each
     shard is cut to its longest: otherwise a third of all positions would be padding. Shards of long
-    lines get fewer rows, so that all have about as many tokens and no thread waits for another.
+    lines get fewer rows, so that all have about as many tokens and no process waits for another.
     Returns a list of tuples with one array for each given.
     """
     longest = np.max([lengths(ids) for ids in arrays], axis=0)  # (N,)

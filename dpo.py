@@ -4,10 +4,11 @@ if __name__ == "__main__":  # flags first: --help and mistakes are answered befo
     raise SystemExit(cli.main("dpo"))
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, no_grad, value_and_grad
+from tinygrad_lite import (Adam, clip_grad_norm, cosine_schedule, no_grad, parallel_map,
+                           value_and_grad)
 import numpy as np
 
 import data
@@ -43,6 +44,15 @@ def pair_logps(model, chosen, rejected):
     """log p(completion | prompt) of both, in one forward: ids (P, T) each -> (P,) each."""
     logps = completion_logps(model, np.concatenate([chosen, rejected]))
     return logps[:len(chosen)], logps[len(chosen):]
+
+
+def pairs_loss(model, reference, beta, n_pairs, pairs):
+    """The part in the loss of `n_pairs` that these `pairs` have, and their four arrays of logps."""
+    policy_logps = pair_logps(model, *pairs)
+    with no_grad():
+        reference_logps = pair_logps(reference, *pairs)
+    loss = dpo_loss(*policy_logps, *reference_logps, beta) * (len(pairs[0]) / n_pairs)
+    return loss, [logps.numpy() for logps in (*policy_logps, *reference_logps)]
 
 
 def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
@@ -123,16 +133,9 @@ def train(model, reference, make_pairs, rounds, beta, lr, map_fn=map):
             yield {"round": step + 1, "pairs": 0}
             continue
         empty, n_pairs = 0, len(pairs[0])
-
-        def shard_loss(shard):
-            policy_logps = pair_logps(model, *shard)
-            with no_grad():
-                reference_logps = pair_logps(reference, *shard)
-            loss = dpo_loss(*policy_logps, *reference_logps, beta) * (len(shard[0]) / n_pairs)
-            return loss, [logps.numpy() for logps in (*policy_logps, *reference_logps)]
-
         shards = data.by_length(*pairs, size=SHARD // 2)
-        losses, logps = zip(*value_and_grad(shard_loss, parameters, shards, map_fn))
+        loss_fn = partial(pairs_loss, model, reference, beta, n_pairs)
+        losses, logps = zip(*value_and_grad(loss_fn, parameters, shards, map_fn))
         loss = math.fsum(losses)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} in round {step + 1}; try a lower --lr")
@@ -173,23 +176,23 @@ def main(arguments):
     out, prefer, rounds = arguments.out, arguments.prefer, arguments.rounds
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     rng = np.random.default_rng(arguments.seed)
-    with ThreadPoolExecutor(arguments.threads) as pool:
+    with parallel_map(arguments.threads) as map_fn:
         def make_pairs():
             if arguments.pairs == "rule":
                 return rule_pairs(arguments.prompts, prefer, rng)
-            return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, pool.map)
+            return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, map_fn)
 
-        start = masses(model, prefer, np.random.default_rng(0), pool.map)
+        start = masses(model, prefer, np.random.default_rng(0), map_fn)
         progress, history = Progress(rounds, "round"), [{"round": 0, "pairs": 0, "masses": start}]
         for row in train(model, reference, make_pairs, rounds, arguments.beta, arguments.lr,
-                         pool.map):
+                         map_fn):
             if row["round"] % max(1, rounds // 40) == 0:
-                row["masses"] = masses(model, prefer, np.random.default_rng(0), pool.map)
+                row["masses"] = masses(model, prefer, np.random.default_rng(0), map_fn)
             history.append(row)
             report(row, progress)
         seconds = progress.seconds()
         rows = [{"checkpoint": name, **row} for name, m in (("SFT", reference), ("DPO", model))
-                for row in evaluation.evaluate(m, 0, prefer, pool.map)]
+                for row in evaluation.evaluate(m, 0, prefer, map_fn)]
     model.save(out, prefer=prefer, beta=arguments.beta)
     write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
                                           "history": history, "metrics": rows})

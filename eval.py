@@ -4,10 +4,10 @@ if __name__ == "__main__":  # flags first: --help and mistakes are answered befo
     raise SystemExit(cli.main("eval"))
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import no_grad
+from tinygrad_lite import no_grad, parallel_map
 import numpy as np
 
 import data
@@ -15,7 +15,7 @@ import plots
 from cli import UserError
 from transformer import Transformer
 
-CHUNK = 256  # prompts decoded together; fixed, so that threads do not change the answers
+CHUNK = 256  # prompts decoded together; fixed, so that --threads does not change the answers
 ANSWERS = 50  # sampled for each target
 EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run shows
 
@@ -26,13 +26,15 @@ def sample(model, targets, temperature, rng, map_fn=map):
     Greedy at temperature 0. A line that has filled data.MAX_LEN stops without an end token.
     """
     chunks = [targets[i:i + CHUNK] for i in range(0, len(targets), CHUNK)]
+    answered = map_fn(partial(_answers, model, temperature), chunks, rng.spawn(len(chunks)))
+    return [line for lines in answered for line in lines]
 
-    def answer(chunk, rng):
-        prompts = [data.prompt(target) for target in chunk]
-        room = data.MAX_LEN - min(map(len, prompts))
-        answers = model.generate(prompts, room, temperature, rng)
-        return [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]
-    return [line for lines in map_fn(answer, chunks, rng.spawn(len(chunks))) for line in lines]
+
+def _answers(model, temperature, targets, rng):
+    prompts = [data.prompt(target) for target in targets]
+    room = data.MAX_LEN - min(map(len, prompts))
+    answers = model.generate(prompts, room, temperature, rng)
+    return [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]
 
 
 def metrics(lines, prefer=3):
@@ -159,10 +161,10 @@ def main(arguments):
         lines = [data.encode(text) + [data.END] for text in arguments.tokens]
         return show_credit(models, lines, arguments)
     samples, temperature, rows = arguments.samples, arguments.temperature, []
-    with ThreadPoolExecutor(arguments.threads) as pool:
+    with parallel_map(arguments.threads) as map_fn:
         for path, model in models.items():
             if arguments.prompt is None:
-                found = evaluate(model, arguments.seed, arguments.prefer, pool.map,
+                found = evaluate(model, arguments.seed, arguments.prefer, map_fn,
                                  samples or ANSWERS, temperature)
             else:
                 found = answers_to(model, arguments.prompt, samples or 5, temperature,

@@ -4,10 +4,11 @@ if __name__ == "__main__":  # flags first: --help and mistakes are answered befo
     raise SystemExit(cli.main("sft"))
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, value_and_grad
+from tinygrad_lite import (Adam, clip_grad_norm, cosine_schedule, parallel_map,
+                           value_and_grad)
 import numpy as np
 
 import data
@@ -16,7 +17,7 @@ import plots
 from cli import Progress, UserError, settings
 from transformer import Config, Transformer, write_json
 
-SHARD = 64  # lines on one tape: fewer cost more calls, and threads more waits; more leave the cache
+SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
 
 
 def completion_logps(model, ids):
@@ -48,12 +49,9 @@ def train(model, steps, batch_size, lr, rng, map_fn=map):
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())
-
-        def shard_loss(shard):
-            return sft_loss(model, *shard, n_tokens)
-
-        shards = data.by_length(ids, size=SHARD)
-        loss = math.fsum(value_and_grad(shard_loss, parameters, shards, map_fn))
+        shards = [shard for (shard,) in data.by_length(ids, size=SHARD)]
+        loss_fn = partial(sft_loss, model, n_tokens=n_tokens)
+        loss = math.fsum(value_and_grad(loss_fn, parameters, shards, map_fn))
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
@@ -74,16 +72,16 @@ def main(arguments):
     size = sum(p.size for p in model.parameters())
     print(f"{size:,} parameters, {arguments.steps * batch_size:,} lines to learn from")
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
-    with ThreadPoolExecutor(arguments.threads) as pool:
+    with parallel_map(arguments.threads) as map_fn:
         progress, losses = Progress(arguments.steps, "step"), []
         for step, loss, lr in train(model, arguments.steps, batch_size, arguments.lr, rng,
-                                    pool.map):
+                                    map_fn):
             losses.append(loss)
             speed = step * batch_size / progress.seconds()
             progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} lines/s")
         seconds = progress.seconds()
         rows = [{"checkpoint": str(out), **row} for row in
-                evaluation.evaluate(model, seed=0, map_fn=pool.map)]
+                evaluation.evaluate(model, seed=0, map_fn=map_fn)]
     model.save(out)
     write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
                                           "history": {"loss": losses}, "metrics": rows})

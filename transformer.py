@@ -73,12 +73,11 @@ class Transformer:
         x = F.embedding(p["embedding"], ids)  # (B, T, D)
         for i in range(config.n_layers):
             block = f"blocks.{i}."
-            cache = caches[i] if caches else None
-            h = F.rms_norm(x, p[block + "attention_norm"])
-            h = F.causal_attention(F.linear(h, p[block + "qkv"]), config.n_heads, cache=cache)
+            h = F.norm_linear(x, p[block + "attention_norm"], p[block + "qkv"])
+            h = (F.cached_attention(h, config.n_heads, caches[i]) if caches else
+                 F.causal_attention(h, config.n_heads))
             x = x + F.linear(h, p[block + "attention_out"])
-            h = F.rms_norm(x, p[block + "mlp_norm"])
-            h = F.swiglu(F.linear(h, p[block + "gate_up"]))  # (B, T, F)
+            h = F.swiglu(F.norm_linear(x, p[block + "mlp_norm"], p[block + "gate_up"]))  # (B, T, F)
             x = x + F.linear(h, p[block + "down"])
         return F.linear(F.rms_norm(x, p["norm"]), p["head"])
 

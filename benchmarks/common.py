@@ -70,10 +70,18 @@ def shard_loss(model, n_tokens, ids):
 
 
 @contextmanager
-def mapper(threads):
-    """`map`, or that of as many threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        yield pool.map if threads > 1 else map
+def mapper(name, threads):
+    """The engine's map over as many processes; over threads for the products, whose arrays would
+    have to travel; just `map` for a library that has threads of its own."""
+    from tinygrad_lite import parallel_map
+    if threads == 1 or name.startswith(("torch", "jax", "hugging")):
+        yield map
+    elif name == "products":
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool.map
+    else:
+        with parallel_map(threads) as map_fn:
+            yield map_fn
 
 
 def time_calls(function, calls=0, seconds=0.0):
@@ -89,7 +97,8 @@ def time_calls(function, calls=0, seconds=0.0):
 # Processes that take turns.
 
 class Contestant(namedtuple("Contestant", "name threads blas_threads", defaults=(1,))):
-    """One way to do the work: `threads` of its own, each with `blas_threads` of NumPy's BLAS."""
+    """One way to do the work: `threads` of its own (processes, in this engine's case), each with
+    `blas_threads` of NumPy's BLAS."""
 
 
 def take_turns(script, contestants, flags, rounds):

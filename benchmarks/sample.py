@@ -7,9 +7,9 @@ All continue the same prompts such as `42=` with the same untrained weights, gre
 end token, so that each answer has the same number of new tokens; the share of equal answers is
 printed. `cache` is Transformer.generate; `no_cache` runs the model on all tokens again for every
 new one, as below; `hugging_face` is LlamaForCausalLM.generate with its own cache. Each runs alone
-in a process of its own, with one thread and with one for each core (this engine gives each thread
-its share of the prompts), the processes take turns, and the better median of the two counts.
-Hugging Face is left out where torch or transformers is not installed.
+in a process of its own, with one thread and with one for each core (this engine gives each of as
+many processes its share of the prompts), the contestants take turns, and the better median of the
+two counts. Hugging Face is left out where torch or transformers is not installed.
 """
 import argparse
 import json
@@ -119,7 +119,7 @@ def work(name, n_prompts, new_tokens, threads, seconds):
     """One turn of one contestant: its first answers, and the time of every run."""
     prompts = make_prompts(n_prompts)
     model = new_model(len(prompts[0]), new_tokens)
-    with mapper(threads) as map_fn:
+    with mapper(name, threads) as map_fn:
         decode = {"cache": cache, "no_cache": no_cache, "hugging_face": hugging_face}[name](
             model, prompts, new_tokens, threads, map_fn)
         answers = decode()

@@ -117,8 +117,8 @@ def draw(results, path):
 
 
 def print_steady(steps):
-    """The peak of resident memory after some and after many steps, in shards and threads."""
-    with mapper(2) as map_fn:
+    """The peak of resident memory after some and after many steps, in shards and processes."""
+    with mapper("numpy", 2) as map_fn:
         step = engine_step(STEADY_SIZE, STEADY_SIZE.lines // 4, map_fn)
         rows = []
         for done, until in ((0, min(STEADY_START, steps)), (STEADY_START, steps)):

@@ -11,7 +11,7 @@ better of one thread and one for each core, eager and compiled; JAX runs one jit
 buffers.
 
 `products` are the step's matrix products alone, the floor for code that calls NumPy's BLAS: each in
-the layout that proves quickest on the spot, in the engine's shards and threads. The rows of real
+the layout that proves quickest on the spot, in the engine's shards, with threads. The rows of real
 lines train on lines made anew for each step, in shards of like length as sft.py does, or all padded
 to the longest line. PyTorch and JAX are left out where they are not installed.
 """
@@ -305,7 +305,7 @@ REAL = {"real_sorted": "real lines, sorted by length", "real_padded": "real line
 
 def work(name, size, threads, steps):
     """One turn of one contestant: the losses of the first steps, and the times of later ones."""
-    with mapper(threads) as map_fn:
+    with mapper(name, threads) as map_fn:
         step = STEPS[name](size, threads, map_fn)
         losses = [step() for _ in range(WARM_UP)]
         return {"losses": losses, "times": time_calls(step, calls=steps)}

@@ -35,9 +35,8 @@ if __name__ == "__main__":
     raise SystemExit(cli.main("write_pairs"))
 
 import json  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
-import tinygrad_lite  # noqa: E402, F401  before NumPy, for the number of BLAS threads
+from tinygrad_lite import parallel_map  # noqa: E402  before NumPy, for its BLAS threads
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
@@ -104,7 +103,7 @@ def main(arguments):
         rows = list(pair_rows(*dpo.rule_pairs(n, prefer, rng)))
     else:
         model = evaluation.load(arguments.checkpoint)
-        with ThreadPoolExecutor(arguments.threads) as pool:
-            rows = sampled_rows(model, n, prefer, rng, pool.map)
+        with parallel_map(arguments.threads) as map_fn:
+            rows = sampled_rows(model, n, prefer, rng, map_fn)
     write(out, rows)
     print(f"wrote {len(rows):,} rows to {out}, the first: {json.dumps(rows[0])}")

@@ -273,7 +273,7 @@ def test_shards_hold_every_line_once_and_whole(n, size, seed):
 
 @given(st.integers(50, 200), seeds)
 def test_shards_hold_about_as_many_tokens_each(n, seed):
-    """Up to one line, at the cut: otherwise one thread would wait for another."""
+    """Up to one line, at the cut: otherwise one process would wait for another."""
     shards = [shard for shard, in data.by_length(random_batch(seed, n), size=n // 4)]
     assert len(shards) == math.ceil(n / (n // 4))
     tokens = [(shard != data.PAD).sum() for shard in shards]

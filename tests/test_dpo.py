@@ -209,7 +209,7 @@ def test_a_small_step_raises_the_margin_of_its_pair_and_leaves_the_reference_alo
     assert [p.data.tobytes() for p in reference.parameters()] == before
 
 
-def test_shards_and_threads_give_the_loss_of_the_whole_batch():
+def test_shards_give_the_loss_of_the_whole_batch():
     rng = np.random.default_rng(0)
     chosen, rejected = dpo.rule_pairs(70, 3, rng)
     model, reference = (Transformer(Config(len(data.VOCAB), 8, 1, 2, 12), seed) for seed in (0, 1))

@@ -29,6 +29,12 @@ def rms_norm_case(rng, batch, length):
     return F.rms_norm, [rng.normal(size=(batch, length, width)), rng.normal(size=width)]
 
 
+def norm_linear_case(rng, batch, length):
+    n, m = rng.integers(1, 5, 2)
+    return F.norm_linear, [rng.normal(size=(batch, length, n)), rng.normal(size=n),
+                           rng.normal(size=(n, m))]
+
+
 def swiglu_case(rng, batch, length):
     return F.swiglu, [rng.normal(size=(batch, length, 2 * rng.integers(1, 5)))]
 
@@ -51,8 +57,8 @@ def causal_attention_case(rng, batch, length):
 
 
 CASES = {case.__name__.removesuffix("_case"): case for case in
-         (linear_case, embedding_case, rms_norm_case, swiglu_case, log_sigmoid_case,
-          token_log_probs_case, causal_attention_case)}
+         (linear_case, embedding_case, rms_norm_case, norm_linear_case, swiglu_case,
+          log_sigmoid_case, token_log_probs_case, causal_attention_case)}
 every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 # The same values, laid out differently in memory.
@@ -172,6 +178,17 @@ def test_rms_norm_is_its_formula(batch, length, width, eps, seed):
     expected = x / np.sqrt((x ** 2).mean(axis=-1, keepdims=True) + eps) * weight
     assert np.allclose(F.rms_norm(Tensor(x), Tensor(weight), eps).data, expected, rtol=1e-12)
     assert gradcheck(lambda x, weight: F.rms_norm(x, weight, 0.1), x, weight) < TOLERANCE
+
+
+@given(sizes, sizes, sizes, sizes, st.sampled_from([1e-6, 0.1]), seeds)
+def test_norm_linear_is_rms_norm_and_linear(batch, length, n, m, eps, seed):
+    arrays = [normal(seed, batch, length, n), normal(seed + 1, n), normal(seed + 2, n, m)]
+    grad = normal(seed + 3, batch, length, m)
+    apart = outcome(lambda x, scale, weight: F.linear(F.rms_norm(x, scale, eps), weight), arrays,
+                    grad)
+    fused = outcome(lambda *inputs: F.norm_linear(*inputs, eps), arrays, grad)
+    for a, b in zip(apart, fused):
+        assert np.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 @given(sizes, sizes, st.floats(1e-3, 1e3), seeds)
@@ -331,7 +348,9 @@ def random_qkv(seed, batch, length, n_heads, head, dtype=np.float64):
     return normal(seed, batch, length, 3 * n_heads * head, dtype=dtype)
 
 
-def attend(qkv, n_heads, **options):
+def attend(qkv, n_heads, cache=None, **options):
+    if cache:
+        return F.cached_attention(Tensor(qkv), n_heads, cache, **options).data
     return F.causal_attention(Tensor(qkv), n_heads, **options).data
 
 

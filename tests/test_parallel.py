@@ -1,12 +1,18 @@
 """Gradients of a batch, shard by shard: the parts add up to the whole, whoever computes them."""
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from helpers import leaf, normal, seeds, tiny_model
-from tinygrad_lite import Tensor, functional as F, no_grad, value_and_grad
+from test_cli import ROOT, TINY
+from tinygrad_lite import Tensor, functional as F, parallel_map, value_and_grad
 
 shard_sizes = st.lists(st.integers(1, 4), min_size=1, max_size=6)
 
@@ -22,7 +28,7 @@ def shards_of(seed, sizes, vocab_size=7, length=6):
 
 def gradients_of(model, shards, map_fn=map):
     parameters = model.parameters()
-    losses = value_and_grad(lambda ids: model_loss(model, ids), parameters, shards, map_fn)
+    losses = value_and_grad(partial(model_loss, model), parameters, shards, map_fn)
     return losses, [p.grad for p in parameters]
 
 
@@ -41,20 +47,27 @@ def test_shards_add_up_to_the_batch(sizes, seed):
 
 
 @given(shard_sizes, seeds)
-def test_any_number_of_threads_gives_the_same_bits(sizes, seed):
+def test_any_number_of_processes_gives_the_same_bits(map_fn, sizes, seed):
     model, shards = tiny_model(seed), shards_of(seed, sizes)
     losses, grads = gradients_of(model, shards)
     assert any(grad.any() for grad in grads)
-    for threads in (1, 2, 4):
-        with ThreadPoolExecutor(threads) as pool:
-            other_losses, others = gradients_of(model, shards, pool.map)
-        assert losses == other_losses
-        for a, b in zip(grads, others):
-            assert a.dtype == b.dtype == np.float32 and np.array_equal(a, b)
+    other_losses, others = gradients_of(model, shards, map_fn)
+    assert losses == other_losses
+    for a, b in zip(grads, others):
+        assert a.dtype == b.dtype == np.float32 and np.array_equal(a, b)
+
+
+def test_the_processes_see_weights_that_changed_since_they_started(map_fn):
+    model, shards = tiny_model(), shards_of(0, [2, 2, 2])
+    before, _ = gradients_of(model, shards, map_fn)
+    for p in model.parameters():
+        p.data *= 1.5
+    after, _ = gradients_of(model, shards, map_fn)
+    assert before != after == gradients_of(model, shards)[0]
 
 
 def test_a_pool_that_finishes_in_any_order_gives_the_same_bits():
-    """What counts is the order of the shards, not which thread is done first."""
+    """What counts is the order of the shards, not which process is done first."""
     model, shards = tiny_model(), shards_of(0, [3, 1, 4, 2, 2])
 
     def backwards(fn, items):
@@ -73,12 +86,12 @@ def test_gradients_are_set_not_added():
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
-def test_a_parameter_that_no_shard_uses_gets_none():
-    used, unused = leaf([1.0]), leaf([1.0])
-    unused.grad = np.ones(1, np.float32)
+def test_a_parameter_that_no_shard_uses_gets_zeros():
+    used, unused = leaf([1.0]), leaf([[1.0, 2.0]])
+    unused.grad = np.ones((1, 2), np.float32)
     value_and_grad(lambda shard: (used * shard).sum(), [used, unused], [2.0, 3.0])
     assert used.grad == 5
-    assert unused.grad is None
+    assert unused.grad.tolist() == [[0.0, 0.0]] and unused.grad.dtype == np.float32
 
 
 @pytest.mark.parametrize("users", [[0], [1], [2], [0, 2], [1, 2]])
@@ -109,37 +122,131 @@ def test_a_gradient_can_be_scaled_in_place():
     assert np.array_equal(x.grad, [2, 2, 2])
 
 
-def test_values_and_whatever_else_the_loss_returns_come_in_the_order_of_the_shards():
+def loss_and_notes(x, shard):
+    return (x * shard).sum(), shard, [shard, "note"]
+
+
+def test_values_and_whatever_else_the_loss_returns_come_in_the_order_of_the_shards(map_fn):
     x = leaf([2.0])
     plain = value_and_grad(lambda shard: (x * shard).sum(), [x], [1, 2, 3])
     assert plain == [2, 4, 6] and all(type(value) is float for value in plain)
     assert x.grad == 6
-    with ThreadPoolExecutor(2) as pool:
-        extras = value_and_grad(lambda shard: ((x * shard).sum(), shard, [shard, "note"]), [x],
-                                [1, 2, 3], pool.map)
+    extras = value_and_grad(partial(loss_and_notes, x), [x], [1, 2, 3], map_fn)
     assert extras == [(2, 1, [1, "note"]), (4, 2, [2, "note"]), (6, 3, [3, "note"])]
     assert x.grad == 6
-
-
-def test_an_error_in_a_shard_reaches_the_caller():
-    x = leaf([1.0])
-
-    def loss(shard):
-        if shard == 2:
-            raise KeyError(shard)
-        return (x * shard).sum()
-    with ThreadPoolExecutor(2) as pool, pytest.raises(KeyError):
-        value_and_grad(loss, [x], [1, 2, 3], pool.map)
-
-
-def test_threads_record_although_the_caller_does_not():
-    """no_grad is a matter of each thread, and the shards have threads of their own."""
-    x = leaf([1.0])
-    with no_grad(), ThreadPoolExecutor(1) as pool:
-        value_and_grad(lambda shard: (x * shard).sum(), [x], [3.0], pool.map)
-    assert x.grad == 3
 
 
 def test_a_loss_that_depends_on_no_parameter_is_a_mistake():
     with pytest.raises(RuntimeError):
         value_and_grad(lambda shard: Tensor(1.0), [leaf([1.0])], [0])
+
+
+# parallel_map.
+
+def product(a, b):
+    if b == 0:
+        raise KeyError("a zero")
+    return a * b
+
+
+@given(st.lists(st.integers(1, 9), max_size=9))
+def test_the_parallel_map_is_map(map_fn, numbers):
+    """Also for fewer items than processes, and none; the shorter iterable counts, as in map."""
+    assert list(map_fn(product, numbers, range(1, 99))) == list(map(product, numbers, range(1, 99)))
+
+
+@pytest.mark.parametrize("zero", range(5))
+def test_an_error_in_any_process_reaches_the_caller_and_the_next_call_works(map_fn, zero):
+    with pytest.raises(KeyError, match="a zero"):
+        map_fn(product, [1] * 5, [int(i != zero) for i in range(5)])
+    assert map_fn(product, [1, 2, 3, 4, 5], [2] * 5) == [2, 4, 6, 8, 10]
+
+
+def test_the_work_is_spread_over_processes():
+    with parallel_map(3) as map_fn:
+        ids = map_fn(process_id, range(6))
+        assert ids[:3] == ids[3:] and len(set(ids)) == 3 and ids[0] == os.getpid()
+        assert all(is_running(i) for i in ids)
+    assert [is_running(i) for i in ids[:3]] == [True, False, False]
+
+
+def process_id(_):
+    return os.getpid()
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_process_is_an_error_and_no_wait():
+    with parallel_map(2) as map_fn:
+        os.kill(map_fn(process_id, range(2))[1], signal.SIGKILL)
+        with pytest.raises(MemoryError, match="a worker process was killed"):
+            map_fn(process_id, range(2))
+            map_fn(process_id, range(2))  # the first may have been answered by the pipe's buffer
+
+
+START = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import time
+from test_parallel import process_id
+from tinygrad_lite import parallel_map
+with parallel_map(3) as map_fn:
+    print(*map_fn(process_id, range(3)), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_one_that_started_it(kind):
+    parent = subprocess.Popen([sys.executable, "-c", START, ROOT, ROOT / "tests"],
+                              stdout=subprocess.PIPE, text=True)
+    with parent.stdout:
+        processes = [int(word) for word in parent.stdout.readline().split()]
+    assert len(set(processes)) == 3
+    parent.send_signal(kind)
+    parent.wait(timeout=10)
+    end = time.monotonic() + 10
+    while any(map(is_running, processes)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(map(is_running, processes))
+
+
+def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path):
+    """A terminal sends it to all processes of the run at once."""
+    out = tmp_path / "sft.npz"
+    run = subprocess.Popen([sys.executable, ROOT / "sft.py", *TINY[:-2], "--threads", "3",
+                            "--batch-size", "256", "--steps", "100000", "--out", out],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    run.stdout.readline()
+    time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=20)[1] == f"stopped; {out} is as it was\n"
+    assert run.returncode == 130
+
+
+WITH_SPAWN = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import cli
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.exit(cli.main("sft", sys.argv[2:]))
+"""
+
+
+def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
+    """As on macOS and Windows, where a worker starts from a fresh Python."""
+    script = tmp_path / "with_spawn.py"
+    script.write_text(WITH_SPAWN)
+    flags = [*TINY[:-2], "--batch-size", "128", "--steps", "3"]
+    for command in ([script, ROOT, *flags, "--threads", "2", "--out", tmp_path / "spawned.npz"],
+                    [ROOT / "sft.py", *flags, "--threads", "1", "--out", tmp_path / "alone.npz"]):
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "spawned.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()

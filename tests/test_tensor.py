@@ -2,6 +2,7 @@
 import gc
 import math
 import operator
+import pickle
 import threading
 import weakref
 
@@ -598,6 +599,19 @@ def test_detach_stops_the_gradient():
     assert not y.requires_grad
     (x * y).sum().backward()
     assert np.allclose(x.grad, x.data ** 2, rtol=1e-14)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_tensor_travels_to_another_process_without_history_and_gradient(dtype, requires_grad):
+    x = Tensor(normal(0, 2, 3, dtype=dtype), requires_grad)
+    y = (x * 2).sum()
+    if requires_grad:
+        y.backward()
+    there, total = pickle.loads(pickle.dumps((x, y)))
+    assert there.dtype == dtype and np.array_equal(there.data, x.data)
+    assert there.requires_grad == requires_grad and there.grad is None
+    assert total.item() == y.item() and total.parents == ()
 
 
 def test_detach_shares_memory():

@@ -57,20 +57,48 @@ def rms_norm(x, weight, eps=1e-6):
     d rms / dx_j = x_j / (D rms), dn_i / dx_j = (delta_ij - n_i n_j / D) / rms. Therefore
         dL/dx = (g - n mean(g n)) / rms        dL/dw = sum over positions of dL/dy n
     """
-    columns, scale = _columns(x.data), weight.data[:, None]  # (D, N), (D, 1)
-    size = len(columns)
-    inverse_rms = 1 / np.sqrt(np.einsum("dn,dn->n", columns, columns) / size + eps)  # (N,)
-    normed = columns * inverse_rms
+    scale = weight.data[:, None]  # (D, 1)
+    normed, inverse_rms = _normed(_columns(x.data), eps)  # n: (D, N), 1 / rms: (N,)
 
     def backward(grad):
         grad = _columns(grad)
-        grad_weight = np.einsum("dn,dn->d", grad, normed)
-        grad_x = grad * scale
-        grad_x -= normed * (np.einsum("dn,dn->n", grad_x, normed) / size)
-        grad_x *= inverse_rms
-        return _from_columns(grad_x, x.shape), grad_weight
+        grad_x = _normed_backward(grad * scale, normed, inverse_rms)
+        return _from_columns(grad_x, x.shape), np.einsum("dn,dn->d", grad, normed)
     out = _from_columns(normed * scale, x.shape)
     return Tensor(out, parents=(x, weight), backward=backward)
+
+
+def norm_linear(x, scale, weight, eps=1e-6):
+    """linear(rms_norm(x, scale), weight) with three passes less over (D, N): (..., D) -> (..., m).
+
+    As (n s) W = n (s W), the scale can go into the small matrix, M_ij = s_i W_ij: (D, m). Then
+        dL/dM = n (dL/dy)^T      dL/dW_ij = s_i dL/dM_ij      dL/ds_i = sum over j of W_ij dL/dM_ij
+    and dL/dx is that of rms_norm with g = M dL/dy.
+    """
+    normed, inverse_rms = _normed(_columns(x.data), eps)  # n: (D, N), 1 / rms: (N,)
+    scaled = scale.data[:, None] * weight.data  # M
+
+    def backward(grad):
+        grad = _columns(grad)  # (m, N)
+        grad_scaled = (grad @ normed.T).T
+        grad_x = _normed_backward(scaled @ grad, normed, inverse_rms)
+        return (_from_columns(grad_x, x.shape), (weight.data * grad_scaled).sum(axis=1),
+                scale.data[:, None] * grad_scaled)
+    out = _from_columns(scaled.T @ normed, (*x.shape[:-1], weight.shape[1]))
+    return Tensor(out, parents=(x, scale, weight), backward=backward)
+
+
+def _normed(columns, eps):
+    """x / rms(x) and 1 / rms(x) of columns (D, N)."""
+    inverse_rms = 1 / np.sqrt(np.einsum("dn,dn->n", columns, columns) / len(columns) + eps)
+    return columns * inverse_rms, inverse_rms
+
+
+def _normed_backward(grad, normed, inverse_rms):
+    """From g to (g - n mean(g n)) / rms, in g's array."""
+    grad -= normed * (np.einsum("dn,dn->n", grad, normed) / len(grad))
+    grad *= inverse_rms
+    return grad
 
 
 def swiglu(gate_up):
@@ -137,81 +165,111 @@ def token_log_probs(logits, targets):
     return Tensor(out, parents=(logits,), backward=backward)
 
 
-def causal_attention(qkv, n_heads, rope_base=10000.0, cache=None):
+def causal_attention(qkv, n_heads, rope_base=10000.0):
     """Rotary causal attention: (B, T, 3D) = [q | k | v], heads side by side in each -> (B, T, D).
 
     Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
     feature i turns with i + d / 2). For one head of width d and j <= i, `*` elementwise:
-        S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)        P = softmax of S over j        O = P V
-    Backward, with G = dL/dO:
-        dL/dV = P^T G        dL/dP = G V^T        dL/dS = P * (dL/dP - sum over j of P * dL/dP)
-        dL/d(Rq) = dL/dS (Rk) / sqrt(d)           dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
-    and R^T = R^-1 turns these back. `cache`, a KeyValueCache of earlier positions, is for no_grad.
+        S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)   E = exp(S - max)   s_i = sum_j E_ij   O = E V / s
+    The softmax P = E / s is never formed: E is wider than O. Backward, with G = dL/dO:
+        dL/dV = E^T (G / s)      dL/dP = G V^T      dL/dS = P * (dL/dP - c), c_i = sum_j (P * dL/dP)
+        c_i = sum_j P_ij G_i . v_j = G_i . O_i      so dL/dS = E * ((G / s) V^T - (G / s) . O)
+        dL/d(Rq) = dL/dS (Rk) / sqrt(d)             dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
+    and R^T = R^-1 turns these back.
     """
     batch, length, width = qkv.shape  # B, T, 3D
-    head, past = width // 3 // n_heads, cache.length if cache else 0
+    head, n = width // 3 // n_heads, n_heads * batch * length
     heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)  # (3, H, d, B, T)
-    cos, sin = _rope_tables(head // 2, past, batch, length, rope_base, qkv.dtype)
+    cos, sin = _rope_tables(head, 0, batch, length, rope_base, qkv.dtype)
     rotated = _rotate(heads[:2], cos, sin)
-    rotated[0] *= 1 / math.sqrt(head)  # on q, which is smaller than S
-    q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (B, H, T, d) each
-    if cache:
-        k, v = cache.extend(k, v)  # (B, H, past + T, d)
-    probs = np.empty((past + length, batch, n_heads, length), qkv.dtype)  # keys first: long rows
-    np.matmul(q, k.swapaxes(-1, -2), out=_keys_last(probs))
-    if length > 1:
-        probs += _causal_mask(past, length, batch * n_heads, qkv.dtype).reshape(probs.shape)
-    probs -= probs.max(axis=0)
-    np.exp(probs, out=probs)
-    probs /= probs.sum(axis=0)
+    q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (H, B, T, d) each
+    weights, weight_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # S, to become E
+    np.matmul(q, k.swapaxes(-1, -2), out=weight_matrices)
+    weights += _causal_mask(length, n // length, qkv.dtype)
+    weights -= weights.max(axis=0)
+    np.exp(weights, out=weights)
+    total = weights.sum(axis=0).reshape(n_heads, 1, batch, length)  # s
     out = np.empty((n_heads, head, batch, length), qkv.dtype)
-    np.matmul(_keys_last(probs), v, out=_matrices(out))
+    np.matmul(weight_matrices, v, out=_matrices(out))
+    out /= total
 
     def backward(grad):
-        grad = _matrices(_columns(grad).reshape(out.shape))  # (B, H, T, d)
+        grad = _columns(grad).reshape(out.shape) / total  # G / s
         grad_heads, grad_rotated = np.empty_like(heads), np.empty_like(rotated)
-        grad_scores = np.empty_like(probs)
-        np.matmul(_keys_last(probs).swapaxes(-1, -2), grad, out=_matrices(grad_heads[2]))
-        np.matmul(grad, v.swapaxes(-1, -2), out=_keys_last(grad_scores))  # dL/dP, to become dL/dS
-        grad_scores -= (probs * grad_scores).sum(axis=0)
-        grad_scores *= probs
-        np.matmul(_keys_last(grad_scores), k, out=_matrices(grad_rotated[0]))
-        np.matmul(_keys_last(grad_scores).swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
-        grad_rotated[0] *= 1 / math.sqrt(head)
+        scores, score_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # dL/dS
+        np.matmul(weight_matrices.swapaxes(-1, -2), _matrices(grad), out=_matrices(grad_heads[2]))
+        np.matmul(_matrices(grad), v.swapaxes(-1, -2), out=score_matrices)
+        scores -= np.einsum("hdbt,hdbt->hbt", grad, out).reshape(n)
+        scores *= weights
+        np.matmul(score_matrices, k, out=_matrices(grad_rotated[0]))
+        np.matmul(score_matrices.swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
         grad_heads[:2] = _rotate(grad_rotated, cos, -sin)
         return (_from_columns(grad_heads, qkv.shape),)
     shaped = _from_columns(out, (batch, length, width // 3))
     return Tensor(shaped, parents=(qkv,), backward=backward)
 
 
+def cached_attention(qkv, n_heads, cache, rope_base=10000.0):
+    """causal_attention for positions that follow those in `cache`, a KeyValueCache, under no_grad.
+
+    One query at a time, for all lines and heads at once: a sum of d or of j rows each, where a
+    matrix product would be one call for every line and head.
+    """
+    batch, length, width = qkv.shape
+    head = width // 3 // n_heads
+    heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)
+    q, k = _rotate(heads[:2], *_rope_tables(head, cache.length, batch, length, rope_base,
+                                            qkv.dtype))
+    out = np.empty((n_heads, head, batch, length), qkv.dtype)
+    for t in range(length):
+        keys, values = cache.extend(k[..., t], heads[2, ..., t])  # (j, H, d, B): to this position
+        weights = np.einsum("hdb,jhdb->jhb", q[..., t], keys)
+        weights -= weights.max(axis=0)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(axis=0)
+        out[..., t] = np.einsum("jhb,jhdb->hdb", weights, values)
+    return Tensor(_from_columns(out, (batch, length, width // 3)))
+
+
 def _matrices(x):
-    """(H, d, B, T) as a view (B, H, T, d)."""
-    return x.transpose(2, 0, 3, 1)
+    """(H, d, B, T) as a view (H, B, T, d)."""
+    return x.transpose(0, 2, 3, 1)
 
 
-def _keys_last(scores):
-    """(keys, B, H, T) as a view (B, H, T, keys)."""
-    return scores.transpose(1, 2, 3, 0)
+def _score_arrays(n_heads, batch, length, dtype):
+    """A new array with a row for each key, (T, H B T), and a view of it (H, B, T, T), keys last.
+
+    In rows, softmax sums whole rows. Their ends are padding: at a distance of whole 4 kB a cache
+    could hold a few of them only.
+    """
+    n = n_heads * batch * length
+    rows = np.empty((length, n + 16), dtype)[:, :n]
+    return rows, rows.reshape(length, n_heads, batch, length).transpose(1, 2, 3, 0)
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(past, length, rows, dtype):
-    """-inf where key j lies after query i, j > past + i, else 0: (past + T, rows T)."""
-    return np.tile(np.tril(np.full((past + length, length), -np.inf, dtype), -1 - past), rows)
+def _causal_mask(length, rows, dtype):
+    """-inf where key j lies after query i, j > i, else 0: (T, rows T)."""
+    return np.tile(np.tril(np.full((length, length), -np.inf, dtype), -1), rows)
 
 
 @lru_cache(maxsize=64)
-def _rope_tables(half, past, batch, length, base, dtype):
-    """cos and sin of position * base^(-i / half) in row i, for every position: (half, B T) each."""
-    frequency = base ** (-np.arange(half) / half)
-    angle = frequency[:, None, None] * np.arange(past, past + length)  # (half, 1, T)
-    return [np.broadcast_to(table.astype(dtype), (half, batch, length)).reshape(half, -1)
+def _rope_tables(head, past, batch, length, base, dtype):
+    """cos and sin of position * base^(-2i / d) in row i, for every position: (2, 1, d/2, B T) each.
+
+    The first of the two, for q, is divided by sqrt(d): it costs nothing here.
+    """
+    frequencies = base ** (-np.arange(0, head, 2) / head)
+    angle = frequencies[:, None, None] * np.arange(past, past + length)  # (d/2, 1, T)
+    scale = np.array([1 / math.sqrt(head), 1.0]).reshape(2, 1, 1, 1, 1)
+    shape = (2, 1, head // 2, batch, length)
+    return [np.broadcast_to(scale * table, shape).astype(dtype).reshape(*shape[:3], -1)
             for table in (np.cos(angle), np.sin(angle))]
 
 
 def _rotate(x, cos, sin):
     """Halves (a, b) of each head become (a cos - b sin, b cos + a sin): (2, H, d, B, T) -> same."""
-    halves = x.reshape(*x.shape[:2], 2, *cos.shape)  # (2, H, 2, d/2, B T)
+    halves = x.reshape(*x.shape[:2], 2, *cos.shape[2:])  # (2, H, 2, d/2, B T)
     a, b = halves[:, :, 0], halves[:, :, 1]
     out = np.empty_like(halves)
     np.subtract(a * cos, b * sin, out=out[:, :, 0])
@@ -222,22 +280,20 @@ def _rotate(x, cos, sin):
 class KeyValueCache:
     """The rotated keys and the values of the positions one attention layer has seen.
 
-    `keys` and `values` have shape (B, H, max_len, d); the first `length` positions are filled.
+    `keys` and `values` have shape (max_len, H, d, B); the first `length` positions are filled.
     """
 
     def __init__(self, max_len):
         self.max_len, self.length, self.keys, self.values = max_len, 0, None, None
 
-    def extend(self, k, v):
-        """Store k and v (B, H, T, d) behind what is there; return all: (B, H, length, d) each."""
+    def extend(self, key, value):
+        """Store a position's key and value (H, d, B); return all so far: (length, H, d, B) each."""
         if self.keys is None:
-            batch, heads, _, head = k.shape
-            self.keys, self.values = np.empty((2, batch, heads, self.max_len, head), k.dtype)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start:self.length] = k
-        self.values[:, :, start:self.length] = v
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+            self.keys, self.values = np.empty((2, self.max_len, *key.shape), key.dtype)
+        self.keys[self.length], self.values[self.length] = key, value
+        self.length += 1
+        return self.keys[:self.length], self.values[:self.length]
 
     def keep(self, rows):
         """Drop all lines but those at `rows`, a boolean (B,)."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = self.keys[..., rows], self.values[..., rows]

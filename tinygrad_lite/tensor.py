@@ -51,6 +51,7 @@ class Tensor:
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
 
+    def __reduce__(self): return Tensor, (self.data, self.requires_grad)  # pickled without history
     def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
     def __len__(self): return len(self.data)
     def item(self): return self.data.item()      # the one element as a Python float

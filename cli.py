@@ -72,6 +72,10 @@ def count(text):
     return _number(text, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
 
 
+def processes(text):
+    return _number(text, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
+
+
 def seed(text):
     return _number(text, int, lambda n: 0 <= n < 2 ** 63, "a whole number of at least 0")
 
@@ -122,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
     def add_common(self, seed_of, out=None):
         add = self.add_argument
         add("--seed", type=seed, default=0, help=f"of {seed_of}; the same seed, the same run")
-        add("--threads", type=count, default=min(8, os.cpu_count() or 1),
+        add("--threads", type=processes, default=min(4, os.cpu_count() or 1),
             help="processes to compute in, best one a core; the result does not depend on it")
         if out:
             add("--out", type=checkpoint_path, default=Path(out),
@@ -154,7 +158,7 @@ def dpo_parser():
         help="the model's own answers, judged; or right sums made by rule, which ruin the model")
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
     add("--rounds", type=count, default=500, help="rounds of new pairs, with one step each")
-    add("--prompts", type=count, default=128,
+    add("--prompts", type=count, default=192,
         help="targets drawn in a round; with --pairs rule, pairs made in a round")
     add("--answers", type=count, default=8, help="answers sampled for each target")
     add("--lr", type=positive, default=1e-3, help="peak learning rate of Adam")

@@ -47,7 +47,10 @@ def pair_logps(model, chosen, rejected):
 
 
 def pairs_loss(model, reference, beta, n_pairs, pairs):
-    """The part in the loss of `n_pairs` that these `pairs` have, and their four arrays of logps."""
+    """The share of `pairs`, (chosen, rejected), in the mean loss of `n_pairs`, and their logps.
+
+    Those are policy chosen, policy rejected, reference chosen, reference rejected: (pairs,) each.
+    """
     policy_logps = pair_logps(model, *pairs)
     with no_grad():
         reference_logps = pair_logps(reference, *pairs)

@@ -45,7 +45,7 @@ def train(model, steps, batch_size, lr, rng, map_fn=map):
     """
     parameters = model.parameters()
     # Without weight decay some targets that were never trained on stay wrong for good.
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = int(data.completion_mask(ids).sum())

@@ -20,7 +20,7 @@ class Config:
     n_layers: int = 3
     n_heads: int = 4
     d_hidden: int = 64
-    max_len: int = 24  # tokens of a line; kept with the weights, rotary positions need no table
+    max_len: int = 24  # tokens of a line; noted with the weights, rotary positions do not need it
 
     def __post_init__(self):
         for name, value in vars(self).items():

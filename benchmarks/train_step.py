@@ -5,10 +5,10 @@
 
 A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for one model
 with one set of weights and one batch. Before anything is compared, the losses of the first steps
-must agree to 1e-4. Each library runs alone in a process of its own, the processes take turns, and
-the median over all turns counts. PyTorch (fused Adam, scaled_dot_product_attention) is given the
-better of one thread and one for each core, eager and compiled; JAX runs one jitted step on donated
-buffers.
+must agree to 1e-4. Each library runs alone, in processes of its own (this engine's "threads" in the
+table are processes), they take turns, and the median over all turns counts. PyTorch (fused Adam,
+scaled_dot_product_attention) is given the better of one thread and one for each core, eager and
+compiled; JAX runs one jitted step on donated buffers.
 
 `products` are the step's matrix products alone, the floor for code that calls NumPy's BLAS: each in
 the layout that proves quickest on the spot, in the engine's shards, with threads. The rows of real

@@ -442,6 +442,11 @@ def test_attention_piece_by_piece_is_attention_of_the_whole(pieces, room, n_head
     assert np.allclose(np.concatenate(parts, axis=1), attend(qkv, n_heads), rtol=1e-12, atol=1e-12)
 
 
+def test_attention_with_a_cache_has_no_gradient():
+    with pytest.raises(RuntimeError, match="no_grad"):
+        F.cached_attention(leaf(random_qkv(0, 1, 2, 2, 4)), 2, F.KeyValueCache(3))
+
+
 def test_a_cache_keeps_the_dtype():
     """Keys in float64 would double the memory and make all that follows float64."""
     cache = F.KeyValueCache(3)

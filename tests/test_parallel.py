@@ -187,7 +187,19 @@ def test_a_killed_process_is_an_error_and_no_wait():
         os.kill(map_fn(process_id, range(2))[1], signal.SIGKILL)
         with pytest.raises(MemoryError, match="a worker process was killed"):
             map_fn(process_id, range(2))
-            map_fn(process_id, range(2))  # the first may have been answered by the pipe's buffer
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise TypeError("stays here")
+
+
+def test_what_is_under_way_after_a_failed_call_never_answers_a_later_one():
+    with parallel_map(3) as map_fn:
+        with pytest.raises(TypeError, match="stays here"):
+            map_fn(product, [1, 2, Unpicklable()], [1, 1, 1])
+        with pytest.raises(OSError, match="closed"):
+            map_fn(product, [1, 2, 3], [1, 1, 1])
 
 
 START = """
@@ -217,15 +229,16 @@ def test_no_process_outlives_the_one_that_started_it(kind):
     assert not any(map(is_running, processes))
 
 
-def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path):
-    """A terminal sends it to all processes of the run at once."""
+@pytest.mark.parametrize("wait", [0.0, 0.002, 0.004, 0.006, 0.5])
+def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path, wait):
+    """A terminal sends it to all processes of the run at once; the first ones start just then."""
     out = tmp_path / "sft.npz"
     run = subprocess.Popen([sys.executable, ROOT / "sft.py", *TINY[:-2], "--threads", "3",
                             "--batch-size", "256", "--steps", "100000", "--out", out],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True)
     run.stdout.readline()
-    time.sleep(0.5)
+    time.sleep(wait)
     os.killpg(run.pid, signal.SIGINT)
     assert run.communicate(timeout=20)[1] == f"stopped; {out} is as it was\n"
     assert run.returncode == 130

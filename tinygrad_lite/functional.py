@@ -53,11 +53,11 @@ def embedding(weight, ids):
 def rms_norm(x, weight, eps=1e-6):
     """x / rms(x) * weight over the last axis, rms(x) = sqrt(mean(x^2) + eps): (..., D) -> (..., D).
 
-    Zhang & Sennrich 2019, Eq. 4. Let n = x / rms and g = dL/dy w, where y = n w. Since
+    Zhang & Sennrich 2019, Eq. 4. Let n = x / rms and g = dL/dy s, where y = n s (s: weight). As
     d rms / dx_j = x_j / (D rms), dn_i / dx_j = (delta_ij - n_i n_j / D) / rms. Therefore
-        dL/dx = (g - n mean(g n)) / rms        dL/dw = sum over positions of dL/dy n
+        dL/dx = (g - n mean(g n)) / rms        dL/ds = sum over positions of dL/dy n
     """
-    scale = weight.data[:, None]  # (D, 1)
+    scale = weight.data[:, None]  # s: (D, 1)
     normed, inverse_rms = _normed(_columns(x.data), eps)  # n: (D, N), 1 / rms: (N,)
 
     def backward(grad):
@@ -71,7 +71,7 @@ def rms_norm(x, weight, eps=1e-6):
 def norm_linear(x, scale, weight, eps=1e-6):
     """linear(rms_norm(x, scale), weight) with three passes less over (D, N): (..., D) -> (..., m).
 
-    As (n s) W = n (s W), the scale can go into the small matrix, M_ij = s_i W_ij: (D, m). Then
+    In columns W^T (s n) = M^T n with M_ij = s_i W_ij: the scale goes into the small matrix. Then
         dL/dM = n (dL/dy)^T      dL/dW_ij = s_i dL/dM_ij      dL/ds_i = sum over j of W_ij dL/dM_ij
     and dL/dx is that of rms_norm with g = M dL/dy.
     """
@@ -171,16 +171,16 @@ def causal_attention(qkv, n_heads, rope_base=10000.0):
     Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
     feature i turns with i + d / 2). For one head of width d and j <= i, `*` elementwise:
         S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)   E = exp(S - max)   s_i = sum_j E_ij   O = E V / s
-    The softmax P = E / s is never formed: E is wider than O. Backward, with G = dL/dO:
+    The softmax P = E / s is never formed: E has T columns, O only d. Backward, with G = dL/dO:
         dL/dV = E^T (G / s)      dL/dP = G V^T      dL/dS = P * (dL/dP - c), c_i = sum_j (P * dL/dP)
         c_i = sum_j P_ij G_i . v_j = G_i . O_i      so dL/dS = E * ((G / s) V^T - (G / s) . O)
         dL/d(Rq) = dL/dS (Rk) / sqrt(d)             dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
     and R^T = R^-1 turns these back.
     """
     batch, length, width = qkv.shape  # B, T, 3D
-    head, n = width // 3 // n_heads, n_heads * batch * length
+    head, n = width // 3 // n_heads, n_heads * batch * length  # d, H B T
     heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)  # (3, H, d, B, T)
-    cos, sin = _rope_tables(head, 0, batch, length, rope_base, qkv.dtype)
+    cos, sin = _rope_tables(head, 0, batch, length, rope_base, qkv.dtype)  # q's hold 1 / sqrt(d)
     rotated = _rotate(heads[:2], cos, sin)
     q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (H, B, T, d) each
     weights, weight_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # S, to become E
@@ -212,9 +212,11 @@ def causal_attention(qkv, n_heads, rope_base=10000.0):
 def cached_attention(qkv, n_heads, cache, rope_base=10000.0):
     """causal_attention for positions that follow those in `cache`, a KeyValueCache, under no_grad.
 
-    One query at a time, for all lines and heads at once: a sum of d or of j rows each, where a
-    matrix product would be one call for every line and head.
+    One query at a time. Its scores are one einsum over all lines and heads; as products of matrices
+    they would be a call for each line and head. Raises RuntimeError where a gradient is wanted.
     """
+    if qkv.requires_grad:
+        raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
     batch, length, width = qkv.shape
     head = width // 3 // n_heads
     heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)
@@ -248,9 +250,9 @@ def _score_arrays(n_heads, batch, length, dtype):
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(length, rows, dtype):
-    """-inf where key j lies after query i, j > i, else 0: (T, rows T)."""
-    return np.tile(np.tril(np.full((length, length), -np.inf, dtype), -1), rows)
+def _causal_mask(length, times, dtype):
+    """-inf where key j lies after query i, j > i, else 0, side by side: (T, times T)."""
+    return np.tile(np.tril(np.full((length, length), -np.inf, dtype), -1), times)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Gradients of one batch, computed shard by shard on all cores."""
+"""Gradients of one batch, computed shard by shard, in several processes at once."""
 import contextlib
 import ctypes
 import multiprocessing
@@ -40,7 +40,7 @@ def value_and_grad(loss_fn, parameters, shards, map_fn=map):
 
 
 def _one_shard(loss_fn, parameters, shard):
-    """What the loss returned, and all gradients in one vector: forty arrays would travel slower."""
+    """What the loss returned, and all gradients in one vector: many arrays would travel slower."""
     result = loss_fn(shard)
     loss, *rest = result if isinstance(result, tuple) else (result,)
     value, grads = loss.item(), gradients(loss)
@@ -54,21 +54,27 @@ def parallel_map(n):
 
     This process is one of them. Not threads: an op takes some 20 microseconds here, and a thread
     would wait as long for Python's lock after each. Function, items and results go through pipes,
-    pickled, the weights of a model with them: half a millisecond. So the function must be one that
-    can be pickled, defined at the top of a module, or a functools.partial of such. `map_fn` raises
-    what it raises, and MemoryError if a process was killed.
+    pickled: half a millisecond for a small model. So the function must be defined at the top of a
+    module, and be given its model as an argument (functools.partial) to see its newest weights; a
+    script needs `if __name__ == "__main__"` where processes start afresh (macOS, Windows).
+    `map_fn` raises what the function raises, and MemoryError if a process was killed; it cannot be
+    used again after that.
     """
     processes, pipes = [], []
-    for _ in range(n - 1):
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=_serve, args=(theirs, ours), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
     try:
+        with _ctrl_c_later():
+            for _ in range(n - 1):
+                our_end, worker_end = multiprocessing.Pipe()
+                process = multiprocessing.Process(target=_serve, args=(worker_end, our_end))
+                process.daemon = True
+                process.start()
+                worker_end.close()
+                processes.append(process)
+                pipes.append(our_end)
         yield partial(_map, pipes)
     finally:
+        for pipe in pipes:
+            pipe.close()
         for process in processes:
             process.terminate()
             process.join()
@@ -82,8 +88,12 @@ def _map(pipes, function, *iterables):
         for i, pipe in enumerate(busy, start=1):
             pipe.send((function, items[i::n]))
         answers = [_attempt(function, items[::n]), *(pipe.recv() for pipe in busy)]
-    except (EOFError, ConnectionError):
-        raise MemoryError("a worker process was killed") from None
+    except BaseException as error:
+        for pipe in pipes:  # what is still under way must not pass for the answer to a later call
+            pipe.close()
+        if isinstance(error, (EOFError, ConnectionError)):
+            raise MemoryError("a worker process was killed") from None
+        raise
     results = [None] * len(items)
     for i, (found, error) in enumerate(answers):
         if error:
@@ -100,10 +110,23 @@ def _attempt(function, items):
         return None, error
 
 
-def _serve(theirs, ours):
-    """A worker's life: it ends when the process at the other end of its pipe does."""
-    ours.close()  # inherited; held open, it would keep this worker waiting for itself
+def _serve(worker_end, our_end):
+    """A worker's life: it ends when our end of its pipe is closed, by whatever happens to us."""
+    our_end.close()  # inherited; held open, it would keep this worker waiting for itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started this process
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, ConnectionError), np.errstate(all="ignore"):
         while True:
-            theirs.send(_attempt(*theirs.recv()))
+            worker_end.send(_attempt(*worker_end.recv()))
+
+
+@contextlib.contextmanager
+def _ctrl_c_later():
+    """Ctrl-C waits until this is over; processes started inside never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -241,8 +241,8 @@ def _matrices(x):
 def _score_arrays(n_heads, batch, length, dtype):
     """A new array with a row for each key, (T, H B T), and a view of it (H, B, T, T), keys last.
 
-    In rows, softmax sums whole rows. Their ends are padding: at a distance of whole 4 kB a cache
-    could hold a few of them only.
+    Softmax then sums whole rows. 16 unused numbers keep these apart: rows at a distance of exactly
+    some 4 kB would push each other out of the processor's cache.
     """
     n = n_heads * batch * length
     rows = np.empty((length, n + 16), dtype)[:, :n]

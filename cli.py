@@ -157,11 +157,11 @@ def dpo_parser():
     add("--pairs", choices=["sampled", "rule"], default="sampled",
         help="the model's own answers, judged; or right sums made by rule, which ruin the model")
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
-    add("--rounds", type=count, default=500, help="rounds of new pairs, with one step each")
+    add("--rounds", type=count, default=600, help="rounds of new pairs, with one step each")
     add("--prompts", type=count, default=192,
         help="targets drawn in a round; with --pairs rule, pairs made in a round")
     add("--answers", type=count, default=8, help="answers sampled for each target")
-    add("--lr", type=positive, default=1e-3, help="peak learning rate of Adam")
+    add("--lr", type=positive, default=7e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"),
         help="the checkpoint to start from: policy and reference")
     parser.add_common("pairs", "runs/dpo.npz")

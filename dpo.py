@@ -92,19 +92,27 @@ def rule_pairs(n, prefer, rng):
     return lines[:n], lines[n:]
 
 
-def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map):
+def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map, earlier=None):
     """Pairs of the model's own answers: `answers` to each of `prompts` training targets, judged.
 
     To each target, answers that may be chosen are paired off with others, one to one; what is left
-    over is dropped. None if no target has answers of both kinds.
+    over is dropped. Where none may be chosen, one of an earlier round is: a target that the policy
+    has lost would never come back otherwise. `earlier`, {target: line}, is kept up to date. None if
+    there are no pairs.
     """
+    earlier = {} if earlier is None else earlier
     targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
     lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
     chosen, rejected = [], []
     for start in range(0, len(lines), answers):
+        target = targets[start]
         judged = [(line, is_chosen(line, prefer)) for line in lines[start:start + answers]]
         good = [line for line, verdict in judged if verdict]
         others = [line for line, verdict in judged if not verdict]
+        if good:
+            earlier[target] = good[0]
+        elif target in earlier:
+            good = [earlier[target]]
         for c, r in zip(good, others):
             chosen.append(c)
             rejected.append(r)
@@ -178,12 +186,13 @@ def main(arguments):
     """Train from the SFT checkpoint, show before and after, write checkpoint and pictures."""
     out, prefer, rounds = arguments.out, arguments.prefer, arguments.rounds
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
-    rng = np.random.default_rng(arguments.seed)
+    rng, earlier = np.random.default_rng(arguments.seed), {}
     with parallel_map(arguments.threads) as map_fn:
         def make_pairs():
             if arguments.pairs == "rule":
                 return rule_pairs(arguments.prompts, prefer, rng)
-            return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, map_fn)
+            return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, map_fn,
+                                 earlier)
 
         start = masses(model, prefer, np.random.default_rng(0), map_fn)
         progress, history = Progress(rounds, "round"), [{"round": 0, "pairs": 0, "masses": start}]

@@ -290,6 +290,25 @@ def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answ
         assert data.decode(r).split("=")[0] == str(target)
 
 
+def test_an_earlier_right_answer_stands_in_for_a_target_that_is_lost():
+    """One pair for each prompt; one of the targets has never been answered well, and gets none."""
+    def ask(model, earlier):
+        return dpo.sampled_pairs(model, 40, 3, 3, np.random.default_rng(0), map, earlier)
+    earlier = {}
+    assert ask(Scripted(WRONG), earlier) is None and earlier == {}
+    chosen, _ = ask(Scripted(RIGHT, WRONG, BROKEN), earlier)
+    targets = [read(line)[0] for line in chosen]
+    assert {target: data.decode(line) for target, line in earlier.items()} == {
+        target: f"{target}={RIGHT(target)}" for target in targets}
+    del earlier[targets[0]]
+    kept = [target for target in targets if target != targets[0]]
+    chosen, rejected = ask(Scripted(WRONG, BROKEN), earlier)
+    assert [data.decode(line) for line in chosen] == [f"{t}={RIGHT(t)}" for t in kept]
+    assert [data.decode(line).split("=")[0] for line in rejected] == list(map(str, kept))
+    assert ask(Scripted(OTHER, RIGHT), earlier) is not None
+    assert data.decode(earlier[targets[0]]) == f"{targets[0]}={RIGHT(targets[0])}"
+
+
 def test_pairs_are_sampled_at_temperature_1_on_the_pool_that_is_given(monkeypatch):
     """The probabilities that the loss compares are those of temperature 1."""
     asked = []

@@ -106,7 +106,8 @@ def credit(rows, beta, path):
         values = [[value for _, value in tokens]]
         image = ax.imshow(values, cmap="PiYG", vmin=-scale, vmax=scale, aspect="auto")
         for i, (token, value) in enumerate(tokens):
-            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=10)
+            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=10,
+                    color="white" if abs(value) > 0.7 * scale else "black")
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         ax.set_title(f"{title}   reward {sum(values[0]):+.1f}", fontsize=10, loc="left")

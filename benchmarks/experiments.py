@@ -65,8 +65,9 @@ def seeds(arguments):
 
 
 def spread(values, digits=3):
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    mean, low, high = (f"{x:.{digits}f}" if x < 1000 else f"{x:.0e}"
+                       for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def lesson(arguments):

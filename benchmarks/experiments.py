@@ -4,8 +4,8 @@
     python benchmarks/experiments.py lesson    assets/lesson.png: rule pairs beside sampled pairs
     python benchmarks/experiments.py beta      assets/beta.png: a sweep of beta from 0.1 to 3
 
-`seeds` takes about eight minutes a seed, one on each core; `lesson` and `beta` start from what it wrote.
-A run that is there already is not made again.
+`seeds` takes about eight minutes a seed, one on each core; `lesson` and `beta` start from what it
+wrote. A run that is there already is not made again.
 """
 import argparse
 import json

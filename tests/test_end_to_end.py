@@ -27,11 +27,11 @@ def test_sft_learns_the_task_and_dpo_the_preference(tmp_path):
     model.save(tmp_path / "sft.npz")
     reference = Transformer.load(tmp_path / "sft.npz")
     before = {name: p.data.tobytes() for name, p in reference.named_parameters().items()}
-    rng = np.random.default_rng(2)
+    rng, earlier = np.random.default_rng(2), {}
 
     def make_pairs():
-        return dpo.sampled_pairs(model, 64, 8, 3, rng)
-    rows = dpo.train(model, reference, make_pairs, 60, 0.8, 2e-3)
+        return dpo.sampled_pairs(model, 64, 8, 3, rng, map, earlier)
+    rows = dpo.train(model, reference, make_pairs, 60, 0.8, 1e-3)
     history = [row for row in rows if row["pairs"]]
     assert history[0]["rewards/margins"] == 0  # policy and reference are one at first
     assert np.mean([row["rewards/margins"] for row in history[-20:]]) > 0.1

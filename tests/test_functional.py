@@ -442,6 +442,15 @@ def test_attention_piece_by_piece_is_attention_of_the_whole(pieces, room, n_head
     assert np.allclose(np.concatenate(parts, axis=1), attend(qkv, n_heads), rtol=1e-12, atol=1e-12)
 
 
+def test_a_cache_takes_scores_of_any_size_line_by_line():
+    """One line's scores are near 0, the other's near 1e4: no exp overflows, no line vanishes."""
+    qkv = random_qkv(0, 2, 5, 2, 4).astype(np.float32)
+    qkv[1] *= 100
+    with np.errstate(over="raise", invalid="raise"), no_grad():
+        out = attend(qkv, 2, cache=F.KeyValueCache(5))
+    assert np.allclose(out, attend(qkv, 2), rtol=1e-4, atol=1e-4)
+
+
 def test_attention_with_a_cache_has_no_gradient():
     with pytest.raises(RuntimeError, match="no_grad"):
         F.cached_attention(leaf(random_qkv(0, 1, 2, 2, 4)), 2, F.KeyValueCache(3))

@@ -74,13 +74,17 @@ def table(rows, prefer=3):
     lines = [f"{'checkpoint':{width}}  mode     targets   answers  error  exact  format  preferred"
              f"   % with " + "".join(f"{k:>4}" for k in counts) + " terms"]
     for row in rows:
-        error = row["mean_abs_error"]
-        error = "-" if error is None else f"{error:.2f}" if error < 1000 else f"{error:.0e}"
+        error = "-" if row["mean_abs_error"] is None else shortened(row["mean_abs_error"], 2)
         shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in counts)
         lines.append(f"{row['checkpoint']:{width}}  {row['mode']:7}  {row['targets']:8}  "
                      f"{row['n']:7,}  {error:>5}  {row['exact']:5.3f}  {row['format']:6.3f}  "
                      f"{row['preferred']:9.3f}          {shares}")
     return "\n".join(lines)
+
+
+def shortened(error, digits):
+    """An error as text: one run-on answer can give it a dozen digits."""
+    return f"{error:.{digits}f}" if error < 1000 else f"{error:.0e}"
 
 
 def answers_to(model, prompt, samples, temperature=1.0, seed=0):

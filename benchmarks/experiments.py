@@ -65,8 +65,9 @@ def seeds(arguments):
 
 
 def spread(values, digits=3):
-    mean, low, high = (f"{x:.{digits}f}" if x < 1000 else f"{x:.0e}"
-                       for x in (sum(values) / len(values), min(values), max(values)))
+    import eval as evaluation
+    mean, low, high = (evaluation.shortened(value, digits) for value in
+                       (sum(values) / len(values), min(values), max(values)))
     return f"{mean} ({low} to {high})"
 
 

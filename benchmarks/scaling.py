@@ -16,7 +16,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-from common import (ROOT, Size, describe, engine_step, finish, mapper, model_and_batch, print_table,
+from common import (ROOT, Size, describe, engine_step, finish, model_and_batch, print_table,
                     shard_loss, time_calls)
 from cli import count
 
@@ -118,7 +118,8 @@ def draw(results, path):
 
 def print_steady(steps):
     """The peak of resident memory after some and after many steps, in shards and processes."""
-    with mapper("numpy", 2) as map_fn:
+    from tinygrad_lite import parallel_map
+    with parallel_map(2) as map_fn:
         step = engine_step(STEADY_SIZE, STEADY_SIZE.lines // 4, map_fn)
         rows = []
         for done, until in ((0, min(STEADY_START, steps)), (STEADY_START, steps)):

@@ -53,7 +53,8 @@ def tiny_sft(tmp_path_factory):
 @pytest.mark.parametrize("flags, hint", [
     (["--nonsense"], "--nonsense"), (["--steps", "0"], "at least 1"),
     (["--steps", "-3"], "at least 1"),
-    (["--steps", "1.5"], "at least 1"), (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
+    (["--steps", "1.5"], "at least 1"), (["--threads", "65"], "from 1 to 64"),
+    (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
     (["--lr", "inf"], "above 0"), (["--seed", "-1"], "at least 0"), (["--out", "x.txt"], ".npz"),
     (["--d-model", "50", "--n-heads", "4"], "not divisible"),
     (["--d-model", "12", "--n-heads", "4"], "odd head size")])

@@ -22,13 +22,11 @@ if sys.platform == "linux":
 def value_and_grad(loss_fn, parameters, shards, map_fn=map):
     """Set `.grad` of every parameter to the gradient of the sum of loss_fn(shard) over shards.
 
-    `loss_fn(shard)` returns a one-element Tensor, or a tuple of it and anything else; what it
-    returned is listed for each shard, the Tensor as a float. `map_fn` may be that of
-    `parallel_map`: the sum runs in the order of `shards`, the same to the bit for any number of
-    processes.
+    It is zero for a parameter that no shard uses. `loss_fn(shard)` returns a one-element Tensor, or
+    a tuple of it and anything else; what it returned is listed for each shard, the Tensor as a
+    float. `map_fn` may be that of `parallel_map`: the sum runs in the order of `shards`, the same
+    to the bit for any number of processes.
     """
-    for parameter in parameters:
-        parameter.grad = None
     values, total = [], 0.0
     for value, grad in map_fn(partial(_one_shard, loss_fn, parameters), shards):
         values.append(value)

@@ -12,6 +12,3 @@ from .gradcheck import gradcheck  # noqa: E402
 from .optim import Adam, clip_grad_norm, cosine_schedule  # noqa: E402
 from .parallel import parallel_map, value_and_grad  # noqa: E402
 from .tensor import Tensor, no_grad  # noqa: E402
-
-__all__ = ["Adam", "Tensor", "clip_grad_norm", "cosine_schedule", "functional", "gradcheck",
-           "no_grad", "parallel_map", "value_and_grad"]

@@ -107,33 +107,17 @@ def swiglu(gate_up):
     Shazeer 2020, Eq. 6, with silu(a) = a s and s = sigmoid(a). As ds/da = s (1 - s), and g = dL/dy,
         dL/dup = g silu(gate)        dL/dgate = g up (s + silu(gate) (1 - s))
     """
-    columns = _columns(gate_up.data)  # (2F, N)
-    size = len(columns) // 2
-    gate, up = columns[:size], columns[size:]
-    sigmoid = _sigmoid(gate)
+    gate, up = np.split(_columns(gate_up.data), 2)  # (F, N) each
+    sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # 1 / (1 + exp(-gate)), which cannot overflow
     silu = gate * sigmoid
 
     def backward(grad):
-        grad, out = _columns(grad), np.empty_like(columns)
-        grad_gate, grad_up = out[:size], out[size:]
-        np.multiply(grad, silu, out=grad_up)
-        np.subtract(1, sigmoid, out=grad_gate)
-        grad_gate *= silu
-        grad_gate += sigmoid
-        grad_gate *= up
-        grad_gate *= grad
+        grad, out = _columns(grad), np.empty((2, *gate.shape), gate.dtype)
+        np.multiply(((1 - sigmoid) * silu + sigmoid) * up, grad, out=out[0])
+        np.multiply(grad, silu, out=out[1])
         return (_from_columns(out, gate_up.shape),)
-    out = _from_columns(silu * up, (*gate_up.shape[:-1], size))
+    out = _from_columns(silu * up, (*gate_up.shape[:-1], len(up)))
     return Tensor(out, parents=(gate_up,), backward=backward)
-
-
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) as (1 + tanh(x / 2)) / 2, which cannot overflow."""
-    out = x * 0.5
-    np.tanh(out, out=out)
-    out += 1
-    out *= 0.5
-    return out
 
 
 def log_sigmoid(x):
@@ -262,10 +246,9 @@ def _rope_tables(head, past, batch, length, base, dtype):
     The first of the two, for q, is divided by sqrt(d): it costs nothing here.
     """
     frequencies = base ** (-np.arange(0, head, 2) / head)
-    angle = frequencies[:, None, None] * np.arange(past, past + length)  # (d/2, 1, T)
-    scale = np.array([1 / math.sqrt(head), 1.0]).reshape(2, 1, 1, 1, 1)
-    shape = (2, 1, head // 2, batch, length)
-    return [np.broadcast_to(scale * table, shape).astype(dtype).reshape(*shape[:3], -1)
+    angle = frequencies[:, None] * np.arange(past, past + length)  # (d/2, T)
+    scale = np.array([1 / math.sqrt(head), 1.0]).reshape(2, 1, 1, 1)
+    return [np.tile((scale * table).astype(dtype), batch)
             for table in (np.cos(angle), np.sin(angle))]
 
 

@@ -27,12 +27,9 @@ class Adam:
         grad = np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
                                for p in self.parameters])
         self.mean += (1 - beta1) * (grad - self.mean)
-        grad *= grad
-        self.square += (1 - beta2) * (grad - self.square)
-        denominator = np.sqrt(self.square / (1 - beta2 ** self.steps))
-        denominator += self.eps
-        update = self.mean * (self.lr / (1 - beta1 ** self.steps))
-        update /= denominator
+        self.square += (1 - beta2) * (grad * grad - self.square)
+        update = (self.mean * (self.lr / (1 - beta1 ** self.steps))
+                  / (np.sqrt(self.square / (1 - beta2 ** self.steps)) + self.eps))
         for p, piece in zip(self.parameters, np.split(update, self.ends[:-1])):
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay

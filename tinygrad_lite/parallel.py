@@ -3,20 +3,18 @@ import contextlib
 import ctypes
 import multiprocessing
 import signal
-import sys
 from functools import partial
 
 import numpy as np
 
 from .tensor import gradients
 
-if sys.platform == "linux":
+_libc = ctypes.CDLL(None)
+if hasattr(_libc, "mallopt"):
     # glibc hands freed arrays back to the system, and the next ones cost page faults: a third of a
     # training step. M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) tell it to keep 256 MB at hand.
-    _libc = ctypes.CDLL(None)
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(-1, 2 ** 28)
-        _libc.mallopt(-3, 2 ** 25)
+    _libc.mallopt(-1, 2 ** 28)
+    _libc.mallopt(-3, 2 ** 25)
 
 
 def value_and_grad(loss_fn, parameters, shards, map_fn=map):
@@ -54,28 +52,29 @@ def parallel_map(n):
     would wait as long for Python's lock after each. Function, items and results go through pipes,
     pickled: half a millisecond for a small model. So the function must be defined at the top of a
     module, and be given its model as an argument (functools.partial) to see its newest weights; a
-    script needs `if __name__ == "__main__"` where processes start afresh (macOS, Windows).
+    script needs `if __name__ == "__main__"` where processes start afresh (macOS).
     `map_fn` raises what the function raises, and MemoryError if a process was killed; it cannot be
-    used again after that.
+    used again after that. Linux and macOS.
     """
-    processes, pipes = [], []
+    workers = []
     try:
-        with _ctrl_c_later():
+        # Ctrl-C waits until all are started; they inherit that, and never see it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             for _ in range(n - 1):
-                our_end, worker_end = multiprocessing.Pipe()
-                process = multiprocessing.Process(target=_serve, args=(worker_end, our_end))
-                process.daemon = True
-                process.start()
-                worker_end.close()
-                processes.append(process)
-                pipes.append(our_end)
-        yield partial(_map, pipes)
+                pipe, their_end = multiprocessing.Pipe()
+                worker = multiprocessing.Process(target=_serve, args=(their_end, pipe), daemon=True)
+                worker.start()
+                their_end.close()
+                workers.append((worker, pipe))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield partial(_map, [pipe for _, pipe in workers])
     finally:
-        for pipe in pipes:
+        for worker, pipe in reversed(workers):  # later ones hold copies of the earlier ones' pipes
             pipe.close()
-        for process in processes:
-            process.terminate()
-            process.join()
+            worker.terminate()
+            worker.join()
 
 
 def _map(pipes, function, *iterables):
@@ -92,12 +91,10 @@ def _map(pipes, function, *iterables):
         if isinstance(error, (EOFError, ConnectionError)):
             raise MemoryError("a worker process was killed") from None
         raise
-    results = [None] * len(items)
-    for i, (found, error) in enumerate(answers):
+    for _, error in answers:
         if error:
             raise error
-        results[i::n] = found
-    return results
+    return [answers[i % n][0][i // n] for i in range(len(items))]
 
 
 def _attempt(function, items):
@@ -108,23 +105,9 @@ def _attempt(function, items):
         return None, error
 
 
-def _serve(worker_end, our_end):
-    """A worker's life: it ends when our end of its pipe is closed, by whatever happens to us."""
-    our_end.close()  # inherited; held open, it would keep this worker waiting for itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started this process
+def _serve(pipe, parent_end):
+    """A worker's life: it ends when the parent's end of its pipe closes, by whatever happens."""
+    parent_end.close()  # inherited; held open, it would keep this worker waiting for itself
     with contextlib.suppress(EOFError, ConnectionError), np.errstate(all="ignore"):
         while True:
-            worker_end.send(_attempt(*worker_end.recv()))
-
-
-@contextlib.contextmanager
-def _ctrl_c_later():
-    """Ctrl-C waits until this is over; processes started inside never see it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            pipe.send(_attempt(*pipe.recv()))

@@ -6,6 +6,8 @@ of the loss with respect to `out` and returns one gradient for each parent (chai
 touch `.grad`; `gradients` at the end walks the tape once for all of them.
 """
 import contextlib
+import heapq
+import itertools
 import threading
 
 import numpy as np
@@ -32,7 +34,8 @@ class Tensor:
     `parents` and `backward` are for ops: the Tensors this one was computed from, and the function
     that turns its gradient into theirs.
     """
-    __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "depth",
+                 "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
@@ -40,11 +43,10 @@ class Tensor:
             raise TypeError("data is a Tensor already; .detach() makes one without its history")
         keep = getattr(data, "dtype", None) in (np.float32, np.float64)
         self.data = np.asarray(data) if keep else np.asarray(data, dtype=np.float32)
-        self.grad = None
-        if getattr(_thread, "recording", True) and any(p.requires_grad for p in parents):
-            self.requires_grad, self.parents, self.backward_fn = True, parents, backward
-        else:
-            self.requires_grad, self.parents, self.backward_fn = requires_grad, (), None
+        recorded = getattr(_thread, "recording", True) and any(p.requires_grad for p in parents)
+        self.grad, self.requires_grad = None, requires_grad or recorded
+        self.parents, self.backward_fn = (parents, backward) if recorded else ((), None)
+        self.depth = 1 + max((parent.depth for parent in self.parents), default=0)
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -188,68 +190,41 @@ def _sum_to(grad, shape):
 def gradients(root, grad=None):
     """d(root)/d(leaf), weighted by `grad`, as {leaf Tensor: array}; frees the graph as it goes.
 
-    A node's gradient is complete once every node that used it has reported (Kahn's topological
-    order). Raises as `Tensor.backward` does.
+    Every node lies deeper than its parents. So the deepest of the nodes that wait has had all of
+    its gradient, and no recursion is needed. Raises as `Tensor.backward` does.
     """
-    arrived, uses = {root: _initial_grad(root, grad)}, _count_uses(root)
-    summed, leaves, ready = set(), {}, [root]
-    while ready:
-        node = ready.pop()
-        grad = arrived.pop(node)
-        del uses[node]  # the last reference here: memory falls as the walk goes on
+    if not root.requires_grad:
+        raise RuntimeError("backward() of a tensor that does not require a gradient")
+    grad = np.asarray(np.ones(root.shape) if grad is None and root.size == 1 else grad, root.dtype)
+    if grad.shape != root.shape:
+        raise ValueError(f"backward() of shape {root.shape} needs a gradient of that shape")
+    arrived, summed, leaves = {root: grad}, set(), {}
+    waiting, order = [(-root.depth, 0, root)], itertools.count(1)  # a heap; equals come in order
+    while waiting:
+        node = heapq.heappop(waiting)[2]
+        grad, parents, backward = arrived.pop(node), node.parents, node.backward_fn
         summed.discard(node)
-        if node.backward_fn is None:
+        if parents is None:
+            raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
+        if backward is None:
             leaves[node] = grad
             continue
-        parents, backward = node.parents, node.backward_fn
         node.parents = node.backward_fn = None  # free what forward saved once it has served
+        del node  # the last reference here: memory falls as the walk goes on
         for parent, parent_grad in zip(parents, backward(grad), strict=True):
             if not parent.requires_grad:
                 continue
-            data = parent.data
-            found = getattr(parent_grad, "dtype", None)
-            if found != data.dtype or parent_grad.shape != data.shape:
-                raise RuntimeError(
-                    f"{backward.__qualname__} returned {found} {getattr(parent_grad, 'shape', '')} "
-                    f"as the gradient of a {data.dtype} tensor of shape {data.shape}")
+            found = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
+            if found != (parent.dtype, parent.shape):
+                message = "{} returned {} {} as the gradient of a {} tensor of shape {}"
+                raise RuntimeError(message.format(backward.__qualname__, *found,
+                                                  parent.dtype, parent.shape))
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
+                heapq.heappush(waiting, (-parent.depth, next(order), parent))
             elif parent not in summed:
                 arrived[parent] = arrived[parent] + parent_grad
                 summed.add(parent)  # from now on the array is ours alone
             else:
                 arrived[parent] += parent_grad
-            uses[parent] -= 1
-            if uses[parent] == 0:
-                ready.append(parent)
     return leaves
-
-
-def _count_uses(root):
-    """{Tensor: how many times its gradient will arrive}, of all that `root` was computed from.
-
-    A loop: a chain of 100,000 ops must not overflow Python's stack.
-    """
-    uses, stack = {root: 0}, [root]
-    while stack:
-        node = stack.pop()
-        if node.parents is None:
-            raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
-        for parent in node.parents:
-            if parent.requires_grad:
-                if parent not in uses:
-                    uses[parent] = 0
-                    stack.append(parent)
-                uses[parent] += 1
-    return uses
-
-
-def _initial_grad(root, grad):
-    if not root.requires_grad:
-        raise RuntimeError("backward() of a tensor that does not require a gradient")
-    if grad is None and root.size != 1:
-        raise ValueError(f"backward() of shape {root.shape} needs a gradient of that shape")
-    grad = np.ones(root.shape, root.dtype) if grad is None else np.asarray(grad, dtype=root.dtype)
-    if grad.shape != root.shape:
-        raise ValueError(f"a gradient of shape {grad.shape} for a tensor of shape {root.shape}")
-    return grad

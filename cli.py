@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 
@@ -25,7 +26,10 @@ def main(program, argv=None):
         arguments = PARSERS[program]().parse_args(argv)
         out = getattr(arguments, "out", None)
         before = _modified(out)
-        _check_writable(out)
+        if out:  # fail before minutes of training, not after them
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(out.parent, os.W_OK):
+                raise UserError(f"cannot write to {out.parent}; choose another --out")
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of an overflow: the loops say so
         importlib.import_module(program).main(arguments)
         sys.stdout.flush()
@@ -52,43 +56,12 @@ def _fail(message, code):
 
 
 def _modified(path):
-    try:
-        return None if path is None else os.stat(path).st_mtime_ns
-    except OSError:
-        return None
-
-
-def _check_writable(out):
-    """Fail before minutes of training, not after them."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise UserError(f"cannot write to {out.parent}; choose another --out")
+    return path.stat().st_mtime_ns if path and path.exists() else None
 
 
 # What a flag may be.
 
-def count(text):
-    return _number(text, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
-
-
-def processes(text):
-    return _number(text, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
-
-
-def seed(text):
-    return _number(text, int, lambda n: 0 <= n < 2 ** 63, "a whole number of at least 0")
-
-
-def target(text):
-    return _number(text, int, lambda n: 5 <= n <= 100, "a whole number from 5 to 100")
-
-
-def positive(text):
-    return _number(text, float, lambda x: 0 < x < math.inf, "a finite number above 0")
-
-
-def _number(text, kind, valid, meaning):
+def _number(kind, valid, meaning, text):
     try:
         value = kind(text)
     except ValueError:
@@ -96,6 +69,13 @@ def _number(text, kind, valid, meaning):
     if value is None or not valid(value):
         raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
     return value
+
+
+count = partial(_number, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
+processes = partial(_number, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
+seed = partial(_number, int, lambda n: 0 <= n < 2 ** 63, "a whole number of at least 0")
+target = partial(_number, int, lambda n: 5 <= n <= 100, "a whole number from 5 to 100")
+positive = partial(_number, float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 
 def checkpoint_path(text):
@@ -192,20 +172,12 @@ def eval_parser():
 PARSERS = {"sft": sft_parser, "dpo": dpo_parser, "eval": eval_parser}
 
 
-def settings(arguments):
-    """The flags as a dict for JSON."""
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(arguments).items()}
-
-
 class Progress:
     """One line that tells how a run goes: in place on a terminal, every few seconds elsewhere."""
 
     def __init__(self, total, unit):
-        self.total, self.unit, self.started = total, unit, time.perf_counter()
+        self.total, self.unit, self.started, self.next = total, unit, time.perf_counter(), 0.0
         self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else 5.0
-        self.printed = 0.0
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -213,12 +185,10 @@ class Progress:
     def show(self, done, text):
         """Print `text` and the time left after `done` of the total, if it is time to."""
         now = self.seconds()
-        if now - self.printed < self.every and done < self.total:
+        if now < self.next and done < self.total:
             return
-        self.printed = now
+        self.next = now + (0.2 if self.terminal else 5.0)
         left = int(now / done * (self.total - done))
         line = f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left"
-        if self.terminal:
-            print(f"\r\x1b[K{line}", end="\n" if done == self.total else "", flush=True)
-        else:
-            print(line, flush=True)
+        stay = self.terminal and done < self.total
+        print("\r\x1b[K" * self.terminal + line, end="" if stay else "\n", flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 import data
 import eval as evaluation
 import plots
-from cli import Progress, UserError, settings
+from cli import Progress, UserError
 from sft import SHARD, completion_logps
 from transformer import write_json
 
@@ -73,13 +73,6 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
 
 # Preference pairs: chosen and rejected lines, ids (pairs, T) each, padded to one length.
 
-def is_chosen(line, prefer):
-    """May an answer (ids) be the chosen one: does it parse, sum to its target, and please?"""
-    parsed = data.read(line)
-    return (parsed is not None and sum(parsed[1]) == parsed[0]
-            and data.prefers(parsed[1], prefer))
-
-
 def rule_pairs(n, prefer, rng):
     """n pairs of right sums made by rule, the chosen with `prefer` terms, the rejected without.
 
@@ -97,27 +90,21 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map, earlier=None
 
     To each target, answers that may be chosen are paired off with others, one to one; what is left
     over is dropped. Where none may be chosen, one of an earlier round is: a target that the policy
-    has lost would never come back otherwise. `earlier`, {target: line}, is kept up to date. None if
+    has lost would never come back otherwise. `earlier`, {target: [line]}, is kept up to date. None if
     there are no pairs.
     """
     earlier = {} if earlier is None else earlier
     targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
-    lines = evaluation.sample(model, targets, 1.0, rng, map_fn)
-    chosen, rejected = [], []
+    lines, pairs = evaluation.sample(model, targets, 1.0, rng, map_fn), []
     for start in range(0, len(lines), answers):
-        target = targets[start]
-        judged = [(line, is_chosen(line, prefer)) for line in lines[start:start + answers]]
-        good = [line for line, verdict in judged if verdict]
-        others = [line for line, verdict in judged if not verdict]
-        if good:
-            earlier[target] = good[0]
-        elif target in earlier:
-            good = [earlier[target]]
-        for c, r in zip(good, others):
-            chosen.append(c)
-            rejected.append(r)
-    if not chosen:
+        target, own = targets[start], lines[start:start + answers]
+        good = [line for line in own if evaluation.kind(line, prefer) == "right, preferred"]
+        others = [line for line in own if line not in good]
+        earlier[target] = good[:1] or earlier.get(target, [])
+        pairs += zip(good or earlier[target], others)
+    if not pairs:
         return None
+    chosen, rejected = zip(*pairs)
     both = data.pad(chosen + rejected)
     return both[:len(chosen)], both[len(chosen):]
 
@@ -157,56 +144,44 @@ def train(model, reference, make_pairs, rounds, beta, lr, map_fn=map):
                **rewards(*np.concatenate(logps, axis=1), beta)}
 
 
-def masses(model, prefer, rng, map_fn=map, answers=20):
-    """Where the probability lies: the kinds of answers to held-out targets, in shares."""
+def masses(model, prefer, map_fn=map, answers=20):
+    """Where the probability lies: the kinds of answers to held-out targets, in shares.
+
+    Always with the same random numbers, so that what changes from call to call is the model.
+    """
+    rng = np.random.default_rng(0)
     lines = evaluation.sample(model, data.HELD_OUT * answers, 1.0, rng, map_fn)
-    kinds = dict.fromkeys(plots.KINDS, 0)
-    for line in lines:
-        parsed = data.read(line)
-        if parsed is None:
-            kinds["does not parse"] += 1
-        elif sum(parsed[1]) != parsed[0]:
-            kinds["wrong sum"] += 1
-        else:
-            liked = data.prefers(parsed[1], prefer)
-            kinds["right, preferred" if liked else "right, other"] += 1
-    return {kind: count / len(lines) for kind, count in kinds.items()}
-
-
-def report(row, progress):
-    """Print one round."""
-    if row["pairs"] == 0:
-        print(f"round {row['round']}: no target had both a preferred and another answer; skipped")
-    else:
-        progress.show(row["round"], f"loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
-                      f"accuracy {row['rewards/accuracies']:.2f}  pairs {row['pairs']}")
+    kinds = [evaluation.kind(line, prefer) for line in lines]
+    return {kind: kinds.count(kind) / len(kinds) for kind in plots.KINDS}
 
 
 def main(arguments):
     """Train from the SFT checkpoint, show before and after, write checkpoint and pictures."""
     out, prefer, rounds = arguments.out, arguments.prefer, arguments.rounds
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
-    rng, earlier = np.random.default_rng(arguments.seed), {}
+    rng = np.random.default_rng(arguments.seed)
     with parallel_map(arguments.threads) as map_fn:
-        def make_pairs():
-            if arguments.pairs == "rule":
-                return rule_pairs(arguments.prompts, prefer, rng)
-            return sampled_pairs(model, arguments.prompts, arguments.answers, prefer, rng, map_fn,
-                                 earlier)
-
-        start = masses(model, prefer, np.random.default_rng(0), map_fn)
-        progress, history = Progress(rounds, "round"), [{"round": 0, "pairs": 0, "masses": start}]
+        make_pairs = partial(rule_pairs, arguments.prompts, prefer, rng)
+        if arguments.pairs == "sampled":
+            make_pairs = partial(sampled_pairs, model, arguments.prompts, arguments.answers, prefer,
+                                 rng, map_fn, {})
+        history = [{"round": 0, "pairs": 0, "masses": masses(model, prefer, map_fn)}]
+        progress = Progress(rounds, "round")
         for row in train(model, reference, make_pairs, rounds, arguments.beta, arguments.lr,
                          map_fn):
             if row["round"] % max(1, rounds // 40) == 0:
-                row["masses"] = masses(model, prefer, np.random.default_rng(0), map_fn)
+                row["masses"] = masses(model, prefer, map_fn)
             history.append(row)
-            report(row, progress)
+            if row["pairs"] == 0:
+                print(f"round {row['round']}: no target had both a preferred and another answer")
+                continue
+            progress.show(row["round"], f"loss {row['loss']:.3f}  pairs {row['pairs']}  margin "
+                          f"{row['rewards/margins']:.2f}  accuracy {row['rewards/accuracies']:.2f}")
         seconds = progress.seconds()
         rows = [{"checkpoint": name, **row} for name, m in (("SFT", reference), ("DPO", model))
                 for row in evaluation.evaluate(m, 0, prefer, map_fn)]
-    model.save(out, prefer=prefer, beta=arguments.beta)
-    write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
+    model.save(out)
+    write_json(out.with_suffix(".json"), {"settings": vars(arguments), "seconds": seconds,
                                           "history": history, "metrics": rows})
     plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"), prefer)
     plots.dpo_training(history, out.with_name(f"{out.stem}-training.png"))

@@ -56,6 +56,17 @@ def metrics(lines, prefer=3):
             "counts": counts}
 
 
+def kind(line, prefer=3):
+    """Which of `plots.KINDS` an answer (ids) is. DPO may choose the "right, preferred" ones."""
+    parsed = data.read(line)
+    if parsed is None:
+        return "does not parse"
+    target, terms = parsed
+    if sum(terms) != target:
+        return "wrong sum"
+    return "right, preferred" if data.prefers(terms, prefer) else "right, other"
+
+
 def evaluate(model, seed, prefer=3, map_fn=map, answers=ANSWERS, temperature=1.0):
     """Four rows of metrics: greedy and sampled, on the held-out targets and on all."""
     rows = []
@@ -144,10 +155,9 @@ def show_credit(models, lines, arguments):
     if len(lines) == 1:  # the rejected one: what the reference says instead
         rng, (target, _) = np.random.default_rng(arguments.seed), data.read(lines[0])
         answers = sample(reference, [target] * ANSWERS, 1.0, rng)
-        lines.append(next((a for a in answers if metrics([a], arguments.prefer)["preferred"] == 0),
-                          answers[0]))
-    rows = [(f"{data.decode(line)}", credit(policy, reference, line, arguments.beta))
-            for line in lines]
+        lines.append(next((line for line in answers
+                           if kind(line, arguments.prefer) != "right, preferred"), answers[0]))
+    rows = [(data.decode(line), credit(policy, reference, line, arguments.beta)) for line in lines]
     for text, tokens in rows:
         print(f"{text}  reward {sum(value for _, value in tokens):+.2f}\n  " +
               "  ".join(f"{token} {value:+.2f}" for token, value in tokens))

@@ -88,16 +88,6 @@ def dpo_training(history, path):
     save(figure, path)
 
 
-def lesson(runs, path):
-    """What DPO does to the answers, for each of {title: history}: kinds of answers, and logps."""
-    figure, grid = axes(2, len(runs), size=(5.6 * len(runs), 7), sharey="row")
-    for i, (title, history) in enumerate(runs.items()):
-        answer_kinds(grid[i], history, title)
-        lines(grid[len(runs) + i], history, {"logps/chosen": GREEN, "logps/rejected": RED},
-              "log-probability of a completion")
-    save(figure, path)
-
-
 def credit(rows, beta, path):
     """[(title, tokens), ...]: completions by token, coloured by beta (log pi - log pi_ref)."""
     figure, grid = axes(len(rows), 1, size=(9, 1.5 * len(rows) + 0.3))
@@ -112,24 +102,4 @@ def credit(rows, beta, path):
         ax.grid(False)
         ax.set_title(f"{title}   reward {sum(values[0]):+.1f}", fontsize=10, loc="left")
     figure.colorbar(image, ax=list(grid), label=f"{beta:g} (log pi - log pi_ref)")
-    save(figure, path)
-
-
-def beta_sweep(points, path):
-    """Preferred and exact answers against the divergence from the reference, one point a beta.
-
-    `points` is a list of dicts with beta, divergence (nats), preferred and exact.
-    """
-    figure, (ax,) = axes()
-    points = sorted(points, key=lambda point: point["divergence"])
-    for name, colour in (("preferred", ORANGE), ("exact", BLUE)):
-        ax.plot([p["divergence"] for p in points], [p[name] for p in points], "o-", color=colour,
-                label=name)
-    for p in points:
-        ax.annotate(f"{p['beta']:g}", (p["divergence"], min(p["preferred"], p["exact"])),
-                    textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
-    ax.margins(0.08, 0.15)  # room for the labels
-    ax.set(xlabel="KL(policy || reference), nats per answer", ylabel="share of sampled answers",
-           title="held-out targets, labelled by beta")
-    ax.legend(frameon=False)
     save(figure, path)

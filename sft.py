@@ -14,7 +14,7 @@ import numpy as np
 import data
 import eval as evaluation
 import plots
-from cli import Progress, UserError, settings
+from cli import Progress, UserError
 from transformer import Config, Transformer, write_json
 
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
@@ -83,7 +83,7 @@ def main(arguments):
         rows = [{"checkpoint": str(out), **row} for row in
                 evaluation.evaluate(model, seed=0, map_fn=map_fn)]
     model.save(out)
-    write_json(out.with_suffix(".json"), {"settings": settings(arguments), "seconds": seconds,
+    write_json(out.with_suffix(".json"), {"settings": vars(arguments), "seconds": seconds,
                                           "history": {"loss": losses}, "metrics": rows})
     plots.sft_loss(losses, out.with_name(f"{out.stem}-loss.png"))
     plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"))

@@ -68,8 +68,11 @@ class Transformer:
         `caches`, one KeyValueCache a layer, stand for the positions before these ids. Raises
         ValueError for ids that are not integers (B, T) within the vocabulary.
         """
-        ids = self._checked(ids)
-        config, p = self.config, self._parameters
+        ids, config, p = np.asarray(ids), self.config, self._parameters
+        if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
+                and 0 <= ids.min() and ids.max() < config.vocab_size):
+            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}, "
+                             f"not {ids.dtype} {ids.shape}")
         x = F.embedding(p["embedding"], ids)  # (B, T, D)
         for i in range(config.n_layers):
             block = f"blocks.{i}."
@@ -80,14 +83,6 @@ class Transformer:
             h = F.swiglu(F.norm_linear(x, p[block + "mlp_norm"], p[block + "gate_up"]))  # (B, T, F)
             x = x + F.linear(h, p[block + "down"])
         return F.linear(F.rms_norm(x, p["norm"]), p["head"])
-
-    def _checked(self, ids):
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
-            raise ValueError(f"ids must be integers of shape (B, T), not {ids.dtype} {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"ids must be in 0 ... {self.config.vocab_size - 1}")
-        return ids
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=data.END):
         """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
@@ -129,11 +124,11 @@ class Transformer:
                     cache.keep(going)
         return [row[length:stop].tolist() for row, length, stop in zip(text, lengths, stops)]
 
-    def save(self, path, **extra):
-        """Write weights, config and `extra` facts as .npz; an earlier file stays whole."""
-        config = json.dumps({**extra, **dataclasses.asdict(self.config)})
+    def save(self, path):
+        """Write weights and config as .npz; an earlier file stays whole until the new one is."""
+        arrays = {name: parameter.data for name, parameter in self._parameters.items()}
         with atomic_write(path) as file:
-            np.savez(file, config=config, **{n: p.data for n, p in self._parameters.items()})
+            np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
 
     @classmethod
     def load(cls, path):
@@ -154,16 +149,13 @@ class Transformer:
             raise ValueError(f"{path} holds {len(arrays)} arrays, not those of its config")
         for name, shape in parameter_shapes(config).items():
             array = arrays.get(name)
-            if array is None or array.shape != shape or array.dtype.kind != "f":
-                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                raise ValueError(f"{path}: {name} should be float32 {shape}, found {found}")
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
-                arrays[name] = array.astype(np.float32)
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"{path}: {name} holds NaN or infinity")
+                if (array is None or array.shape != shape or array.dtype.kind != "f"
+                        or not np.isfinite(array.astype(np.float32)).all()):
+                    raise ValueError(f"{path}: {name} should be finite numbers, float32 {shape}")
         model = cls(config)
         for name, parameter in model._parameters.items():
-            parameter.data = arrays[name]
+            parameter.data = arrays[name].astype(np.float32)
         return model
 
 
@@ -212,6 +204,6 @@ def atomic_write(path):
 
 
 def write_json(path, facts):
-    """`facts` as a JSON file, whole or not at all."""
+    """`facts` as a JSON file, whole or not at all; paths become text."""
     with atomic_write(path) as file:
-        file.write(json.dumps(facts, indent=1).encode())
+        file.write(json.dumps(facts, indent=1, default=os.fspath).encode())

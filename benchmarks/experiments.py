@@ -73,7 +73,6 @@ def spread(values, digits=3):
 
 def lesson(arguments):
     """Where the probability goes, under rule pairs and under sampled pairs."""
-    import plots
     facts = one_seed(0)
     runs = {"rule pairs": facts["DPO, rule pairs"]["history"],
             "sampled pairs": facts["DPO"]["history"]}
@@ -84,18 +83,29 @@ def lesson(arguments):
         measured = [log for log in history if "masses" in log]
         print(f"{title}, answers at the start: {measured[0]['masses']}\n"
               f"{title}, answers at the end:   {measured[-1]['masses']}")
-    plots.lesson(runs, ROOT / "assets" / "lesson.png")
+    draw_lesson(runs, ROOT / "assets" / "lesson.png")
+
+
+def draw_lesson(runs, path):
+    """What DPO does to the answers, for each of {title: history}: kinds of answers, and logps."""
+    import plots
+    figure, grid = plots.axes(2, len(runs), size=(5.6 * len(runs), 7), sharey="row")
+    for i, (title, history) in enumerate(runs.items()):
+        plots.answer_kinds(grid[i], history, title)
+        plots.lines(grid[len(runs) + i], history, {"logps/chosen": plots.GREEN,
+                                                   "logps/rejected": plots.RED},
+                    "log-probability of a completion")
+    plots.save(figure, path)
 
 
 def beta(arguments):
     """Preferred and exact answers against the divergence from the reference, for several betas."""
-    import plots
     one_seed(0, rule=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         points = list(pool.map(partial(point, RUNS / "sft0.npz"), BETAS))
     for p in points:
         print("  ".join(f"{name} {value:.3f}" for name, value in p.items()))
-    plots.beta_sweep(points, ROOT / "assets" / "beta.png")
+    draw_sweep(points, ROOT / "assets" / "beta.png")
 
 
 def point(sft, beta):
@@ -114,6 +124,24 @@ def point(sft, beta):
     metrics = row(facts, "sampled", "held-out")
     return {"beta": beta, "divergence": float((logps - reference_logps).mean()),
             "preferred": metrics["preferred"], "exact": metrics["exact"]}
+
+
+def draw_sweep(points, path):
+    """One place on each curve for each of `points`, labelled with its beta."""
+    import plots
+    figure, (ax,) = plots.axes()
+    points = sorted(points, key=lambda point: point["divergence"])
+    for name, colour in (("preferred", plots.ORANGE), ("exact", plots.BLUE)):
+        ax.plot([p["divergence"] for p in points], [p[name] for p in points], "o-", color=colour,
+                label=name)
+    for p in points:
+        ax.annotate(f"{p['beta']:g}", (p["divergence"], min(p["preferred"], p["exact"])),
+                    textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
+    ax.margins(0.08, 0.15)  # room for the labels
+    ax.set(xlabel="KL(policy || reference), nats per answer", ylabel="share of sampled answers",
+           title="held-out targets, labelled by beta")
+    ax.legend(frameon=False)
+    plots.save(figure, path)
 
 
 def main():

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 import cli
 import data
 import eval as evaluation
+import plots
 from helpers import seeds
 from sft import completion_logps
 from transformer import Config, Transformer
@@ -53,6 +54,20 @@ def test_three_terms_are_preferred_unless_another_number_is_named():
     lines = [answer(10, [5, 5]), answer(10, [3, 3, 4]), answer(10, [1, 9])]
     assert evaluation.metrics(lines)["preferred"] == 1 / 3
     assert evaluation.metrics(lines, 2)["preferred"] == 2 / 3
+
+
+@given(st.lists(answers, min_size=1, max_size=12), st.integers(2, 5))
+def test_the_kinds_of_answers_are_what_the_metrics_count(several, prefer):
+    lines = [answer(*one) for one in several]
+    kinds = [evaluation.kind(line, prefer) for line in lines]
+    found, n = evaluation.metrics(lines, prefer), len(lines)
+    assert set(kinds) <= set(plots.KINDS)
+    assert kinds.count("does not parse") == n - sum(found["counts"].values())
+    right = [line for line, kind in zip(lines, kinds) if kind.startswith("right")]
+    assert len(right) / n == found["exact"]
+    if right:
+        liked = kinds.count("right, preferred") / len(right)
+        assert liked == evaluation.metrics(right, prefer)["preferred"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import plots
+from benchmarks import experiments
 
 ROWS = [{"checkpoint": name, "mode": "sampled", "targets": "held-out", "n": 200, "format": 1.0,
          "mean_abs_error": error, "exact": 0.5, "preferred": 0.25,
@@ -52,7 +53,7 @@ def test_the_training_curves_leave_out_rounds_without_pairs(drawn):
 
 
 def test_the_lesson_sets_two_runs_side_by_side(drawn):
-    plots.lesson({"rule pairs": HISTORY, "sampled pairs": HISTORY[:3]}, None)
+    experiments.draw_lesson({"rule pairs": HISTORY, "sampled pairs": HISTORY[:3]}, None)
     assert [ax.get_title() for ax in drawn()[:2]] == ["rule pairs", "sampled pairs"]
     chosen, rejected = drawn()[2].lines
     assert list(chosen.get_ydata()) == [-7, -6, -5]
@@ -72,7 +73,7 @@ def test_credit_writes_every_token_with_its_value(drawn):
 def test_the_beta_sweep_by_divergence(drawn):
     points = [{"beta": 0.8, "divergence": 3.0, "preferred": 0.9, "exact": 0.95},
               {"beta": 3.0, "divergence": 1.0, "preferred": 0.6, "exact": 0.9}]
-    plots.beta_sweep(points, None)
+    experiments.draw_sweep(points, None)
     preferred, exact = drawn()[0].lines
     assert list(preferred.get_xdata()) == [1, 3] and list(preferred.get_ydata()) == [0.6, 0.9]
     assert list(exact.get_ydata()) == [0.9, 0.95]

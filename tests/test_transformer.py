@@ -139,7 +139,7 @@ def test_ids_that_are_no_ids(ids):
 
 
 def test_ids_beyond_the_vocabulary_are_told_its_range():
-    with pytest.raises(ValueError, match=f"0 ... {VOCAB - 1}$"):
+    with pytest.raises(ValueError, match=f"0 ... {VOCAB - 1}, not int64"):
         tiny_model()(np.array([[VOCAB]]))
 
 
@@ -361,12 +361,11 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path_factory, config, seed):
 
 def test_a_checkpoint_is_an_npz_of_the_parameters_and_a_json_config(tmp_path):
     model = tiny_model()
-    model.save(tmp_path / "model.npz", steps=5)
+    model.save(tmp_path / "model.npz")
     with np.load(tmp_path / "model.npz", allow_pickle=False) as archive:
         assert set(archive.files) == {*model.named_parameters(), "config"}
         assert all(np.array_equal(archive[name], data) for name, data in weights(model).items())
-        assert json.loads(archive["config"].item()) == {**dataclasses.asdict(model.config),
-                                                        "steps": 5}
+        assert json.loads(archive["config"].item()) == dataclasses.asdict(model.config)
 
 
 def test_saving_makes_the_directory_and_leaves_nothing_but_the_checkpoint(tmp_path):
@@ -513,15 +512,13 @@ def test_pickles_are_not_opened(load_changed):
                          ids=["missing", "short", "column", "row", "0-d", "int", "complex", "text",
                               "NaN", "infinite", "one infinite"])
 def test_an_array_that_is_not_the_models(load_changed, array):
-    found = f"{array.dtype} {array.shape}" if array is not None else "holds"
-    if array is not None and array.dtype.kind == "f" and array.shape == (24,):
-        found = "norm holds NaN or infinity"
-    with pytest.raises(ValueError, match=f"model.npz.*{re.escape(found)}"):
+    said = "holds 8 arrays" if array is None else "norm should be finite numbers, float32 (24,)"
+    with pytest.raises(ValueError, match=f"model.npz:? {re.escape(said)}"):
         load_changed(norm=array)
 
 
 def test_an_array_of_another_name(load_changed):
-    with pytest.raises(ValueError, match="norm should be float32 .24,., found nothing"):
+    with pytest.raises(ValueError, match="norm should be finite numbers, float32 .24,"):
         load_changed(norm=None, gain=np.ones(24, np.float32))
 
 

@@ -228,8 +228,7 @@ def _score_arrays(n_heads, batch, length, dtype):
     Softmax then sums whole rows. 16 unused numbers keep these apart: rows at a distance of exactly
     some 4 kB would push each other out of the processor's cache.
     """
-    n = n_heads * batch * length
-    rows = np.empty((length, n + 16), dtype)[:, :n]
+    rows = np.empty((length, n_heads * batch * length + 16), dtype)[:, :-16]
     return rows, rows.reshape(length, n_heads, batch, length).transpose(1, 2, 3, 0)
 
 

@@ -25,14 +25,11 @@ def value_and_grad(loss_fn, parameters, shards, map_fn=map):
     float. `map_fn` may be that of `parallel_map`: the sum runs in the order of `shards`, the same
     to the bit for any number of processes.
     """
-    values, total = [], 0.0
-    for value, grad in map_fn(partial(_one_shard, loss_fn, parameters), shards):
-        values.append(value)
-        total += grad
+    values, grads = zip(*map_fn(partial(_one_shard, loss_fn, parameters), shards))
     ends = np.cumsum([parameter.size for parameter in parameters])
-    for parameter, piece in zip(parameters, np.split(total, ends)):
+    for parameter, piece in zip(parameters, np.split(sum(grads), ends)):
         parameter.grad = piece.reshape(parameter.shape)
-    return values
+    return list(values)
 
 
 def _one_shard(loss_fn, parameters, shard):

@@ -3,6 +3,7 @@
 Nothing here imports NumPy, so that --help and a mistyped flag are answered at once.
 """
 import argparse
+import contextlib
 import importlib
 import math
 import os
@@ -20,7 +21,10 @@ class UserError(Exception):
 
 
 def main(program, argv=None):
-    """Run program.main with its flags; return the exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Run program.main with its flags; return the exit code.
+
+    0, or 2 for a mistake, 130 for Ctrl-C, 1 when nobody reads standard output any more.
+    """
     out, before = None, None
     try:
         arguments = PARSERS[program]().parse_args(argv)
@@ -37,6 +41,7 @@ def main(program, argv=None):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
         state = "is as it was" if before == _modified(out) else "is saved"
+        print(end="\n" * sys.stdout.isatty())  # after the progress line
         return _fail(f"stopped; {out} {state}" if out else "stopped", 130)
     except BrokenPipeError:  # `| head -1` has read enough; nothing may be printed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,7 +52,8 @@ def main(program, argv=None):
         return _fail(f"{program}.py: not enough memory; choose smaller sizes", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{program}.py: {where}{error.strerror or error}; nothing was overwritten", 2)
+        state = "nothing was overwritten" if before == _modified(out) else f"{out} is saved"
+        return _fail(f"{program}.py: {where}{error.strerror or error}; {state}", 2)
 
 
 def _fail(message, code):
@@ -62,13 +68,10 @@ def _modified(path):
 # What a flag may be.
 
 def _number(kind, valid, meaning, text):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not valid(value):
-        raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if valid(kind(text)):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
 
 
 count = partial(_number, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
@@ -114,8 +117,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def sft_parser():
-    parser = _Parser("sft", "Train a Transformer from scratch to write sums, by supervised "
-                            "fine-tuning.")
+    parser = _Parser("sft", "Train a Transformer from scratch to write sums.")
     add = parser.add_argument
     add("--steps", type=count, default=20000, help="training steps")
     add("--batch-size", type=count, default=128, help="lines in a step")
@@ -150,10 +152,11 @@ def dpo_parser():
 
 def eval_parser():
     parser = _Parser("eval", "Print the metrics of checkpoints, or their answers to a prompt.")
+    parser.set_defaults(prompt=None, samples=None, tokens=None)  # first, or --help would show them
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, default=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
         metavar="CHECKPOINT", help="what sft.py or dpo.py wrote")
-    add("--prompt", type=target, metavar="TARGET",
+    add("--prompt", type=target, metavar="TARGET", default=argparse.SUPPRESS,
         help="answer this target, 5 to 100, instead of measuring")
     add("--samples", type=count, default=argparse.SUPPRESS,
         help="answers sampled for each target (default: 50, or 5 with --prompt)")
@@ -165,7 +168,6 @@ def eval_parser():
     add("--beta", type=positive, default=0.8, help="for --tokens")
     add("--json", action="store_true", help="print the same as JSON")
     parser.add_common("the sampled answers")
-    parser.set_defaults(samples=None, tokens=None)
     return parser
 
 

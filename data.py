@@ -10,7 +10,8 @@ IDS = {character: i for i, character in enumerate(CHARACTERS)}
 PLUS, EQUALS = IDS["+"], IDS["="]
 
 TARGETS = range(5, 101)
-MIN_TERMS, MAX_TERMS = 2, 5
+COUNTS = range(2, 6)  # of terms
+MAX_TERMS = COUNTS[-1]
 MAX_LEN = 24  # tokens: the longest line and its end token take 19, the rest is room for mistakes
 # A fixed fifth of the targets, never trained on; scattered, as 37 and 96 have no common divisor.
 HELD_OUT = [target for target in TARGETS if 37 * target % len(TARGETS) < 20]
@@ -49,10 +50,10 @@ def parse(line):
     return int(target), [int(term) for term in completion.split("+")]
 
 
-def read(line):
-    """`parse` of an answer, a list of ids: also None unless its one end token comes last."""
-    whole = END in line and line.index(END) == len(line) - 1 and PAD not in line
-    return parse(decode(line)) if whole else None
+def read(ids):
+    """`parse` of an answer, as ids: also None unless its one end token comes last."""
+    whole = END in ids and ids.index(END) == len(ids) - 1 and PAD not in ids
+    return parse(decode(ids)) if whole else None
 
 
 def prefers(terms, prefer):
@@ -86,7 +87,7 @@ def random_terms(targets, counts, rng):
 def random_lines(n, rng, targets=TRAINING):
     """n lines as ids (n, T), padded on the right: target, count 2 to 5 and split all uniform."""
     chosen = rng.choice(targets, n)
-    counts = rng.integers(MIN_TERMS, MAX_TERMS + 1, n)
+    counts = rng.integers(COUNTS.start, COUNTS.stop, n)
     return encode_lines(chosen, random_terms(chosen, counts, rng))
 
 

@@ -79,25 +79,25 @@ def rule_pairs(n, prefer, rng):
     The demo's recipe, for a preferred number of terms only: it does not ask `data.prefers`.
     """
     targets = np.tile(rng.choice(data.TRAINING, n), 2)
-    others = [k for k in range(data.MIN_TERMS, data.MAX_TERMS + 1) if k != prefer]
+    others = [k for k in data.COUNTS if k != prefer]
     counts = np.concatenate([np.full(n, prefer), rng.choice(others, n)])
     lines = data.encode_lines(targets, data.random_terms(targets, counts, rng))
     return lines[:n], lines[n:]
 
 
-def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map, earlier=None):
-    """Pairs of the model's own answers: `answers` to each of `prompts` training targets, judged.
+def sampled_pairs(model, n_prompts, n_answers, prefer, rng, map_fn=map, earlier=None):
+    """Pairs of the model's own answers: n_answers to each of n_prompts training targets, judged.
 
-    To each target, answers that may be chosen are paired off with others, one to one; what is left
-    over is dropped. Where none may be chosen, one of an earlier round is: a target that the policy
-    has lost would never come back otherwise. `earlier`, {target: [line]}, is kept up to date. None if
-    there are no pairs.
+    For each prompt, answers that may be chosen are paired off with others, one to one; what is left
+    over is dropped. Where none may be chosen, one of an earlier round is, from `earlier`, which is
+    kept up to date: {target: [line]}. A target that the policy has lost would never come back
+    otherwise. None if there are no pairs.
     """
     earlier = {} if earlier is None else earlier
-    targets = [int(target) for target in rng.choice(data.TRAINING, prompts) for _ in range(answers)]
+    targets = np.repeat(rng.choice(data.TRAINING, n_prompts), n_answers).tolist()
     lines, pairs = evaluation.sample(model, targets, 1.0, rng, map_fn), []
-    for start in range(0, len(lines), answers):
-        target, own = targets[start], lines[start:start + answers]
+    for start in range(0, len(lines), n_answers):
+        target, own = targets[start], lines[start:start + n_answers]
         good = [line for line in own if evaluation.kind(line, prefer) == "right, preferred"]
         others = [line for line in own if line not in good]
         earlier[target] = good[:1] or earlier.get(target, [])
@@ -105,8 +105,7 @@ def sampled_pairs(model, prompts, answers, prefer, rng, map_fn=map, earlier=None
     if not pairs:
         return None
     chosen, rejected = zip(*pairs)
-    both = data.pad(chosen + rejected)
-    return both[:len(chosen)], both[len(chosen):]
+    return np.split(data.pad(chosen + rejected), 2)
 
 
 # Training.
@@ -161,10 +160,11 @@ def main(arguments):
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     rng = np.random.default_rng(arguments.seed)
     with parallel_map(arguments.threads) as map_fn:
-        make_pairs = partial(rule_pairs, arguments.prompts, prefer, rng)
-        if arguments.pairs == "sampled":
+        if arguments.pairs == "rule":
+            make_pairs = partial(rule_pairs, arguments.prompts, prefer, rng)
+        else:
             make_pairs = partial(sampled_pairs, model, arguments.prompts, arguments.answers, prefer,
-                                 rng, map_fn, {})
+                                 rng, map_fn, earlier={})
         history = [{"round": 0, "pairs": 0, "masses": masses(model, prefer, map_fn)}]
         progress = Progress(rounds, "round")
         for row in train(model, reference, make_pairs, rounds, arguments.beta, arguments.lr,

@@ -42,13 +42,13 @@ def metrics(lines, prefer=3):
 
     `mean_abs_error` of the sum, over the answers that parse (None if none does). `exact`, `format`
     and `preferred`: the shares of all answers that sum to the target, that parse, and whose terms,
-    whatever their sum, `data.prefers`. `counts`: {number of terms: answers} of those that parse.
-    `n`: all answers.
+    whatever their sum, `data.prefers`. `counts`: answers that parse, by their number of terms, as
+    {"3": 41}. `n`: all answers.
     """
     parsed = [pair for pair in map(data.read, lines) if pair]
     errors = [abs(sum(terms) - target) for target, terms in parsed]
     sizes = [len(terms) for _, terms in parsed]
-    counts = {str(k): sizes.count(k) for k in sorted({*range(2, data.MAX_TERMS + 1), *sizes})}
+    counts = {str(k): sizes.count(k) for k in sorted({*data.COUNTS, *sizes})}
     n = len(lines)
     return {"n": n, "mean_abs_error": sum(errors) / len(errors) if errors else None,
             "exact": errors.count(0) / n, "format": len(parsed) / n,
@@ -80,22 +80,16 @@ def evaluate(model, seed, prefer=3, map_fn=map, answers=ANSWERS, temperature=1.0
 
 def table(rows, prefer=3):
     """Rows of `evaluate`, each with its `checkpoint`, as text; shares of term counts in percent."""
-    counts = range(data.MIN_TERMS, data.MAX_TERMS + 1)
     width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
     lines = [f"{'checkpoint':{width}}  mode     targets   answers  error  exact  format  preferred"
-             f"   % with " + "".join(f"{k:>4}" for k in counts) + " terms"]
+             f"   % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
     for row in rows:
-        error = "-" if row["mean_abs_error"] is None else shortened(row["mean_abs_error"], 2)
-        shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in counts)
+        error = plots.shortened(row["mean_abs_error"])
+        shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
         lines.append(f"{row['checkpoint']:{width}}  {row['mode']:7}  {row['targets']:8}  "
                      f"{row['n']:7,}  {error:>5}  {row['exact']:5.3f}  {row['format']:6.3f}  "
                      f"{row['preferred']:9.3f}          {shares}")
     return "\n".join(lines)
-
-
-def shortened(error, digits):
-    """An error as text: one run-on answer can give it a dozen digits."""
-    return f"{error:.{digits}f}" if error < 1000 else f"{error:.0e}"
 
 
 def answers_to(model, prompt, samples, temperature=1.0, seed=0):
@@ -151,7 +145,7 @@ def load(path):
 
 def show_credit(models, lines, arguments):
     """Print and draw `credit` for a chosen and a rejected line."""
-    (_, reference), (path, policy) = models.items()
+    (_, reference), (_, policy) = models
     if len(lines) == 1:  # the rejected one: what the reference says instead
         rng, (target, _) = np.random.default_rng(arguments.seed), data.read(lines[0])
         answers = sample(reference, [target] * ANSWERS, 1.0, rng)
@@ -170,13 +164,13 @@ def main(arguments):
     """Print the metrics of every checkpoint, its answers to a prompt, or its credit by token."""
     if arguments.tokens and len(arguments.checkpoints) != 2:
         raise UserError("--tokens compares two checkpoints, reference first; name both or none")
-    models = {str(path): load(path) for path in arguments.checkpoints}
+    models = [(str(path), load(path)) for path in arguments.checkpoints]
     if arguments.tokens:
         lines = [data.encode(text) + [data.END] for text in arguments.tokens]
         return show_credit(models, lines, arguments)
     samples, temperature, rows = arguments.samples, arguments.temperature, []
     with parallel_map(arguments.threads) as map_fn:
-        for path, model in models.items():
+        for path, model in models:
             if arguments.prompt is None:
                 found = evaluate(model, arguments.seed, arguments.prefer, map_fn,
                                  samples or ANSWERS, temperature)
@@ -189,5 +183,5 @@ def main(arguments):
     elif arguments.prompt is None:
         print(table(rows, arguments.prefer))
     else:
-        width = max(map(len, models))
+        width = max(len(path) for path, _ in models)
         print("\n".join(f"{row['checkpoint']:{width}}  {shown(row)}" for row in rows))

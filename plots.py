@@ -20,6 +20,13 @@ def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
     return figure, grid
 
 
+def shortened(error, digits=2):
+    """A mean error as text, "-" for none: one run-on answer can give it a dozen digits."""
+    if error is None:
+        return "-"
+    return f"{error:.{digits}f}" if error < 1000 else f"{error:.0e}"
+
+
 def save(figure, path):
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
@@ -40,16 +47,14 @@ def distribution(rows, path, prefer=3):
     """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
     figure, grid = axes(1, len(rows), size=(5.4 * len(rows), 3.6), sharey=True)
-    counts = range(data.MIN_TERMS, data.MAX_TERMS + 1)
     for ax, row in zip(grid, rows):
-        bars = ax.bar([str(k) for k in counts],
-                      [100 * row["counts"][str(k)] / row["n"] for k in counts],
-                      color=[ORANGE if k == prefer else BLUE for k in counts])
+        bars = ax.bar([str(k) for k in data.COUNTS],
+                      [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS],
+                      color=[ORANGE if k == prefer else BLUE for k in data.COUNTS])
         ax.bar_label(bars, fmt="%.0f %%")
-        error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
         ax.set(xlabel="number of terms", ylim=(0, 108))
-        ax.set_title(f"{row['checkpoint']}: mean error {error}, exact {100 * row['exact']:.1f} %, "
-                     f"format {100 * row['format']:.1f} %", fontsize=10)
+        ax.set_title(f"{row['checkpoint']}: mean error {shortened(row['mean_abs_error'])}, exact "
+                     f"{100 * row['exact']:.1f} %, format {100 * row['format']:.1f} %", fontsize=10)
     grid[0].set_ylabel("answers to held-out targets (%)")
     save(figure, path)
 

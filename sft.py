@@ -7,8 +7,7 @@ import math
 from functools import partial
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import (Adam, clip_grad_norm, cosine_schedule, parallel_map,
-                           value_and_grad)
+from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, parallel_map, value_and_grad
 import numpy as np
 
 import data
@@ -62,7 +61,7 @@ def train(model, steps, batch_size, lr, rng, map_fn=map):
 
 def main(arguments):
     """Train from scratch, show metrics and some answers, write checkpoint, facts and pictures."""
-    out, batch_size = arguments.out, arguments.batch_size
+    out, steps, batch_size = arguments.out, arguments.steps, arguments.batch_size
     try:
         config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                         arguments.d_hidden, data.MAX_LEN)
@@ -70,12 +69,11 @@ def main(arguments):
         raise UserError(error) from None
     model = Transformer(config, arguments.seed)
     size = sum(p.size for p in model.parameters())
-    print(f"{size:,} parameters, {arguments.steps * batch_size:,} lines to learn from")
+    print(f"{size:,} parameters, {steps * batch_size:,} lines to learn from")
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
     with parallel_map(arguments.threads) as map_fn:
-        progress, losses = Progress(arguments.steps, "step"), []
-        for step, loss, lr in train(model, arguments.steps, batch_size, arguments.lr, rng,
-                                    map_fn):
+        progress, losses = Progress(steps, "step"), []
+        for step, loss, lr in train(model, steps, batch_size, arguments.lr, rng, map_fn):
             losses.append(loss)
             speed = step * batch_size / progress.seconds()
             progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} lines/s")

@@ -101,9 +101,7 @@ class Transformer:
         if lengths.min() < 1:
             raise ValueError("a prompt needs at least one token")
         total = lengths.max() + max_new_tokens
-        text = np.zeros((len(prompts), total), dtype=np.int64)  # (B, total)
-        for row, ids in zip(text, prompts):
-            row[:len(ids)] = ids
+        text = np.pad(data.pad(prompts), [(0, 0), (0, max_new_tokens)])  # (B, total)
         stops = lengths + max_new_tokens  # (B,): lowered to where a row ends
         caches = [F.KeyValueCache(total) for _ in range(self.config.n_layers)]
         live, fed = np.arange(len(prompts)), 0  # the rows still going; the columns in the caches

@@ -65,8 +65,8 @@ def seeds(arguments):
 
 
 def spread(values, digits=3):
-    import eval as evaluation
-    mean, low, high = (evaluation.shortened(value, digits) for value in
+    import plots
+    mean, low, high = (plots.shortened(value, digits) for value in
                        (sum(values) / len(values), min(values), max(values)))
     return f"{mean} ({low} to {high})"
 

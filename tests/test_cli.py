@@ -141,6 +141,8 @@ def test_sft_dpo_eval_end_to_end(capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert cli.main("eval", [str(sft), str(dpo), "--tokens", "100=10+70+20"]) == 0
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main("eval", [str(sft), str(sft), "--tokens", "100=10+70+20", "100=9+91"]) == 0
+    assert capsys.readouterr().out.count("reward +0.00\n") == 2  # of a model against itself
 
 
 @pytest.mark.parametrize("program", ["sft", "dpo", "eval"])
@@ -153,6 +155,7 @@ def test_help_is_quick_and_explains_every_flag(program):
     assert "import 'numpy'" not in loaded and "import 'matplotlib'" not in loaded
     for action in cli.PARSERS[program]()._actions:
         assert action.help
+    assert "None" not in cli.PARSERS[program]().format_help()
 
 
 def test_ctrl_c_keeps_the_earlier_checkpoint(tmp_path):

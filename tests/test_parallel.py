@@ -229,21 +229,6 @@ def test_no_process_outlives_the_one_that_started_it(kind):
     assert not any(map(is_running, processes))
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.002, 0.004, 0.006, 0.5])
-def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path, wait):
-    """A terminal sends it to all processes of the run at once; the first ones start just then."""
-    out = tmp_path / "sft.npz"
-    run = subprocess.Popen([sys.executable, ROOT / "sft.py", *TINY[:-2], "--threads", "3",
-                            "--batch-size", "256", "--steps", "100000", "--out", out],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True)
-    run.stdout.readline()
-    time.sleep(wait)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.communicate(timeout=20)[1] == f"stopped; {out} is as it was\n"
-    assert run.returncode == 130
-
-
 WITH_SPAWN = """
 import multiprocessing, sys
 sys.path.insert(0, sys.argv[1])
@@ -255,7 +240,7 @@ if __name__ == "__main__":
 
 
 def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
-    """As on macOS and Windows, where a worker starts from a fresh Python."""
+    """As on macOS, where a worker starts from a fresh Python."""
     script = tmp_path / "with_spawn.py"
     script.write_text(WITH_SPAWN)
     flags = [*TINY[:-2], "--batch-size", "128", "--steps", "3"]
@@ -263,3 +248,21 @@ def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
                     [ROOT / "sft.py", *flags, "--threads", "1", "--out", tmp_path / "alone.npz"]):
         subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
     assert (tmp_path / "spawned.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
+
+
+@pytest.mark.parametrize("start, wait", [("fork", 0.0), ("fork", 0.002), ("fork", 0.004),
+                                         ("fork", 0.006), ("fork", 0.5), ("spawn", 0.0),
+                                         ("spawn", 0.1), ("spawn", 0.2), ("spawn", 1.0)])
+def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path, start, wait):
+    """A terminal sends it to all processes of the run at once; the first ones start just then."""
+    out, script = tmp_path / "sft.npz", tmp_path / "program.py"
+    script.write_text(WITH_SPAWN.replace("spawn", start))
+    run = subprocess.Popen([sys.executable, script, ROOT, *TINY[:-2], "--threads", "3",
+                            "--batch-size", "256", "--steps", "100000", "--out", out],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    run.stdout.readline()
+    time.sleep(wait)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=20)[1] == f"stopped; {out} is as it was\n"
+    assert run.returncode == 130

@@ -61,6 +61,12 @@ def test_the_lesson_sets_two_runs_side_by_side(drawn):
     assert len(drawn()[3].lines[0].get_xdata()) == 2
 
 
+def test_an_error_of_any_size_is_short():
+    assert [plots.shortened(error) for error in (None, 0.0, 1.234, 999.99, 123456.0)] == [
+        "-", "0.00", "1.23", "999.99", "1e+05"]
+    assert plots.shortened(1.234, 0) == "1"
+
+
 def test_credit_writes_every_token_with_its_value(drawn):
     plots.credit([("10=4+6", [("4", 0.5), ("+", -2.0)]), ("10=9", [("9", 1.0)])], 0.8, None)
     first, second, bar = drawn()

@@ -542,6 +542,26 @@ def test_memory_falls_while_backward_runs(no_garbage_collector):
     assert alive == []
 
 
+def test_of_many_branches_one_at_a_time_holds_gradients(no_garbage_collector):
+    """Level by level, each of the branches would keep one."""
+    made, alive = [], []
+
+    def identity(x):
+        def backward(grad):
+            alive.append(sum(ref() is not None for ref in made))
+            new = grad.copy()
+            made.append(weakref.ref(new))
+            return (new,)
+        return Tensor(x.data.copy(), parents=(x,), backward=backward)
+
+    x, total = leaf(positive(0, 2, 2)), 0.0
+    for _ in range(20):
+        total = total + identity(identity(x))
+    total.sum().backward()
+    assert len(made) == 40 and max(alive) <= 3
+    assert np.array_equal(x.grad, np.full((2, 2), 20))
+
+
 # Dtypes.
 
 @every_op

@@ -162,35 +162,34 @@ def causal_attention(qkv, n_heads, rope_base=10000.0):
     and R^T = R^-1 turns these back.
     """
     batch, length, width = qkv.shape  # B, T, 3D
-    head, n = width // 3 // n_heads, n_heads * batch * length  # d, H B T
+    head = width // 3 // n_heads  # d
     heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)  # (3, H, d, B, T)
     cos, sin = _rope_tables(head, 0, batch, length, rope_base, qkv.dtype)  # q's hold 1 / sqrt(d)
     rotated = _rotate(heads[:2], cos, sin)
     q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (H, B, T, d) each
-    weights, weight_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # S, to become E
-    np.matmul(q, k.swapaxes(-1, -2), out=weight_matrices)
-    weights += _causal_mask(length, n // length, qkv.dtype)
-    weights -= weights.max(axis=0)
-    np.exp(weights, out=weights)
-    total = weights.sum(axis=0).reshape(n_heads, 1, batch, length)  # s
+    scores, score_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # S, to become E
+    np.matmul(q, k.swapaxes(-1, -2), out=score_matrices)
+    scores += _causal_mask(length, n_heads * batch, qkv.dtype)
+    scores -= scores.max(axis=0)
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=0).reshape(n_heads, 1, batch, length)  # s
     out = np.empty((n_heads, head, batch, length), qkv.dtype)
-    np.matmul(weight_matrices, v, out=_matrices(out))
+    np.matmul(score_matrices, v, out=_matrices(out))
     out /= total
 
     def backward(grad):
         grad = _columns(grad).reshape(out.shape) / total  # G / s
         grad_heads, grad_rotated = np.empty_like(heads), np.empty_like(rotated)
-        scores, score_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # dL/dS
-        np.matmul(weight_matrices.swapaxes(-1, -2), _matrices(grad), out=_matrices(grad_heads[2]))
-        np.matmul(_matrices(grad), v.swapaxes(-1, -2), out=score_matrices)
-        scores -= np.einsum("hdbt,hdbt->hbt", grad, out).reshape(n)
-        scores *= weights
-        np.matmul(score_matrices, k, out=_matrices(grad_rotated[0]))
-        np.matmul(score_matrices.swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
+        grad_scores, grad_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # dL/dS
+        np.matmul(score_matrices.swapaxes(-1, -2), _matrices(grad), out=_matrices(grad_heads[2]))
+        np.matmul(_matrices(grad), v.swapaxes(-1, -2), out=grad_matrices)
+        grad_scores -= np.einsum("hdbt,hdbt->hbt", grad, out).reshape(-1)
+        grad_scores *= scores
+        np.matmul(grad_matrices, k, out=_matrices(grad_rotated[0]))
+        np.matmul(grad_matrices.swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
         grad_heads[:2] = _rotate(grad_rotated, cos, -sin)
         return (_from_columns(grad_heads, qkv.shape),)
-    shaped = _from_columns(out, (batch, length, width // 3))
-    return Tensor(shaped, parents=(qkv,), backward=backward)
+    return Tensor(_from_columns(out, (batch, length, -1)), parents=(qkv,), backward=backward)
 
 
 def cached_attention(qkv, n_heads, cache, rope_base=10000.0):
@@ -214,7 +213,7 @@ def cached_attention(qkv, n_heads, cache, rope_base=10000.0):
         np.exp(weights, out=weights)
         weights /= weights.sum(axis=0)
         out[..., t] = np.einsum("jhb,jhdb->hdb", weights, values)
-    return Tensor(_from_columns(out, (batch, length, width // 3)))
+    return Tensor(_from_columns(out, (batch, length, -1)))
 
 
 def _matrices(x):
@@ -223,7 +222,7 @@ def _matrices(x):
 
 
 def _score_arrays(n_heads, batch, length, dtype):
-    """A new array with a row for each key, (T, H B T), and a view of it (H, B, T, T), keys last.
+    """A new array (T keys, H B T queries), and a view of it (H, B, T, T) with the keys last.
 
     Softmax then sums whole rows. 16 unused numbers keep these apart: rows at a distance of exactly
     some 4 kB would push each other out of the processor's cache.

@@ -7,7 +7,7 @@ import numpy as np
 class Adam:
     """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
 
-    The moments lie in one long vector: forty small arrays would cost forty times NumPy's overhead
+    The moments lie in one long vector: dozens of small arrays would each cost NumPy's overhead
     of a call. A parameter whose .grad is None counts as one with a gradient of zero. `weight_decay`
     shrinks matrices by lr * weight_decay a step, apart from the gradient (Loshchilov & Hutter 2019,
     Algorithm 2).
@@ -21,7 +21,7 @@ class Adam:
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
-        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) run along."""
+        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) are running means."""
         self.steps += 1
         beta1, beta2 = self.betas
         grad = np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import signal
 from functools import partial
+from multiprocessing import resource_tracker
 
 import numpy as np
 
@@ -54,24 +55,25 @@ def parallel_map(n):
     used again after that. Linux and macOS.
     """
     workers = []
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would let Ctrl-C through again where it starts
+    # Ctrl-C waits until all are started; they inherit that, and never see it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        # Ctrl-C waits until all are started; they inherit that, and never see it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(n - 1):
-                pipe, their_end = multiprocessing.Pipe()
-                worker = multiprocessing.Process(target=_serve, args=(their_end, pipe), daemon=True)
-                worker.start()
-                their_end.close()
-                workers.append((worker, pipe))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for _ in range(n - 1):
+            pipe, their_end = multiprocessing.Pipe()
+            worker = multiprocessing.Process(target=_serve, args=(their_end, pipe), daemon=True)
+            worker.start()
+            their_end.close()
+            workers.append((worker, pipe))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield partial(_map, [pipe for _, pipe in workers])
     finally:
         for worker, pipe in reversed(workers):  # later ones hold copies of the earlier ones' pipes
             pipe.close()
             worker.terminate()
             worker.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _map(pipes, function, *iterables):
@@ -88,18 +90,18 @@ def _map(pipes, function, *iterables):
         if isinstance(error, (EOFError, ConnectionError)):
             raise MemoryError("a worker process was killed") from None
         raise
-    for _, error in answers:
-        if error:
-            raise error
-    return [answers[i % n][0][i // n] for i in range(len(items))]
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return [answers[i % n][i // n] for i in range(len(items))]
 
 
 def _attempt(function, items):
-    """(results, None), or (None, the exception)."""
+    """The results, or the exception that stopped them."""
     try:
-        return [function(*item) for item in items], None
+        return [function(*item) for item in items]
     except Exception as error:
-        return None, error
+        return error
 
 
 def _serve(pipe, parent_end):

@@ -13,6 +13,7 @@ import threading
 import numpy as np
 
 _thread = threading.local()
+_serial_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -34,8 +35,7 @@ class Tensor:
     `parents` and `backward` are for ops: the Tensors this one was computed from, and the function
     that turns its gradient into theirs.
     """
-    __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "depth",
-                 "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
@@ -46,7 +46,7 @@ class Tensor:
         recorded = getattr(_thread, "recording", True) and any(p.requires_grad for p in parents)
         self.grad, self.requires_grad = None, requires_grad or recorded
         self.parents, self.backward_fn = (parents, backward) if recorded else ((), None)
-        self.depth = 1 + max((parent.depth for parent in self.parents), default=0)
+        self.serial = next(_serial_numbers)
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -55,7 +55,6 @@ class Tensor:
 
     def __reduce__(self): return Tensor, (self.data, self.requires_grad)  # pickled without history
     def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
-    def __len__(self): return len(self.data)
     def item(self): return self.data.item()      # the one element as a Python float
     def numpy(self): return self.data            # the array itself, not a copy
     def detach(self): return Tensor(self.data)   # without its history: gradients stop here
@@ -76,21 +75,21 @@ class Tensor:
     # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
 
     def __add__(self, other):
-        other = self._constant(other)
+        other = self._operand(other)
 
         def backward(grad):
             return _sum_to(grad, self.shape), _sum_to(grad, other.shape)
         return Tensor(self.data + other.data, parents=(self, other), backward=backward)
 
     def __mul__(self, other):
-        other = self._constant(other)
+        other = self._operand(other)
 
         def backward(grad):
             return _sum_to(grad * other.data, self.shape), _sum_to(grad * self.data, other.shape)
         return Tensor(self.data * other.data, parents=(self, other), backward=backward)
 
     def __truediv__(self, other):
-        other = self._constant(other)
+        other = self._operand(other)
         out = self.data / other.data
 
         def backward(grad):  # d(a / b) / db = -(a / b) / b
@@ -116,14 +115,14 @@ class Tensor:
         return Tensor(np.log(self.data), parents=(self,), backward=lambda grad: (grad / self.data,))
 
     def __neg__(self): return self * -1.0
-    def __sub__(self, other): return self + -self._constant(other)
+    def __sub__(self, other): return self + -self._operand(other)
     def __radd__(self, other): return self + other
     def __rmul__(self, other): return self * other
     def __rsub__(self, other): return -self + other
-    def __rtruediv__(self, other): return self._constant(other) / self
-    def __rmatmul__(self, other): return self._constant(other) @ self
+    def __rtruediv__(self, other): return self._operand(other) / self
+    def __rmatmul__(self, other): return self._operand(other) @ self
 
-    def _constant(self, value):
+    def _operand(self, value):
         """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
         if not isinstance(value, Tensor):
             return Tensor(np.asarray(value, dtype=self.dtype))
@@ -135,7 +134,7 @@ class Tensor:
 
     def __matmul__(self, other):
         """(..., n, k) @ (..., k, m) -> (..., n, m); the axes before the last two broadcast."""
-        other = self._constant(other)
+        other = self._operand(other)
         if other.ndim == 1:
             return (self @ other.reshape(-1, 1))[..., 0]
         if self.ndim == 1:
@@ -190,27 +189,27 @@ def _sum_to(grad, shape):
 def gradients(root, grad=None):
     """d(root)/d(leaf), weighted by `grad`, as {leaf Tensor: array}; frees the graph as it goes.
 
-    Every node lies deeper than its parents. So the deepest of the nodes that wait has had all of
-    its gradient, and no recursion is needed. Raises as `Tensor.backward` does.
+    A node is made after its parents. So the newest of the nodes that wait has had all of its
+    gradient, and no recursion is needed. Raises as `Tensor.backward` does.
     """
     if not root.requires_grad:
         raise RuntimeError("backward() of a tensor that does not require a gradient")
     grad = np.asarray(np.ones(root.shape) if grad is None and root.size == 1 else grad, root.dtype)
     if grad.shape != root.shape:
         raise ValueError(f"backward() of shape {root.shape} needs a gradient of that shape")
-    arrived, summed, leaves = {root: grad}, set(), {}
-    waiting, order = [(-root.depth, 0, root)], itertools.count(1)  # a heap; equals come in order
+    arrived, owned, leaves = {root: grad}, set(), {}
+    waiting = [(-root.serial, root)]  # a heap
     while waiting:
-        node = heapq.heappop(waiting)[2]
+        node = heapq.heappop(waiting)[1]
         grad, parents, backward = arrived.pop(node), node.parents, node.backward_fn
-        summed.discard(node)
+        owned.discard(node)
         if parents is None:
             raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
         if backward is None:
             leaves[node] = grad
             continue
         node.parents = node.backward_fn = None  # free what forward saved once it has served
-        del node  # the last reference here: memory falls as the walk goes on
+        node = parent = parent_grad = None  # no reference here: memory falls as the walk goes on
         for parent, parent_grad in zip(parents, backward(grad), strict=True):
             if not parent.requires_grad:
                 continue
@@ -221,10 +220,10 @@ def gradients(root, grad=None):
                                                   parent.dtype, parent.shape))
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
-                heapq.heappush(waiting, (-parent.depth, next(order), parent))
-            elif parent not in summed:
+                heapq.heappush(waiting, (-parent.serial, parent))
+            elif parent not in owned:
                 arrived[parent] = arrived[parent] + parent_grad
-                summed.add(parent)  # from now on the array is ours alone
+                owned.add(parent)  # from now on the array is ours alone
             else:
                 arrived[parent] += parent_grad
     return leaves

@@ -57,8 +57,9 @@ def line_counts(path):
     """All lines of a file, and those that are neither blank nor comment nor docstring."""
     source = path.read_text()
     lines, documentation = source.splitlines(), set()
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, documented) and ast.get_docstring(node):
             documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return np.array([len(lines), sum(number not in documentation and not re.match(r"\s*(#|$)", line)
                                      for number, line in enumerate(lines, 1))])

@@ -1,10 +1,9 @@
 """Gradients of one batch, computed shard by shard, in several processes at once."""
 import contextlib
 import ctypes
-import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 from functools import partial
-from multiprocessing import resource_tracker
 
 import numpy as np
 
@@ -26,11 +25,13 @@ def value_and_grad(loss_fn, parameters, shards, map_fn=map):
     float. `map_fn` may be that of `parallel_map`: the sum runs in the order of `shards`, the same
     to the bit for any number of processes.
     """
-    values, grads = zip(*map_fn(partial(_one_shard, loss_fn, parameters), shards))
-    ends = np.cumsum([parameter.size for parameter in parameters])
-    for parameter, piece in zip(parameters, np.split(sum(grads), ends)):
-        parameter.grad = piece.reshape(parameter.shape)
-    return list(values)
+    values, total = [], 0.0
+    for value, grad in map_fn(partial(_one_shard, loss_fn, parameters), shards):
+        values.append(value)
+        total += grad
+    for p, piece in zip(parameters, np.split(total, np.cumsum([p.size for p in parameters]))):
+        p.grad = piece.reshape(p.shape)
+    return values
 
 
 def _one_shard(loss_fn, parameters, shard):
@@ -56,7 +57,7 @@ def parallel_map(n):
     """
     workers = []
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # it would let Ctrl-C through again where it starts
+        multiprocessing.resource_tracker.ensure_running()  # it would let Ctrl-C through again where it starts
     # Ctrl-C waits until all are started; they inherit that, and never see it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -213,11 +213,10 @@ def gradients(root, grad=None):
         for parent, parent_grad in zip(parents, backward(grad), strict=True):
             if not parent.requires_grad:
                 continue
-            found = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
-            if found != (parent.dtype, parent.shape):
-                message = "{} returned {} {} as the gradient of a {} tensor of shape {}"
-                raise RuntimeError(message.format(backward.__qualname__, *found,
-                                                  parent.dtype, parent.shape))
+            dtype, shape = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
+            if (dtype, shape) != (parent.dtype, parent.shape):
+                raise RuntimeError(f"{backward.__qualname__} returned {dtype} {shape} as the "
+                                   f"gradient of a {parent.dtype} tensor of shape {parent.shape}")
             if parent not in arrived:
                 arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
                 heapq.heappush(waiting, (-parent.serial, parent))

@@ -56,9 +56,10 @@ def parallel_map(n):
     used again after that. Linux and macOS.
     """
     workers = []
+    # Ctrl-C waits until all are started; they inherit that, and never see it. Where they start afresh,
+    # so does a tracker of resources, which would let it through again: so start that before.
     if multiprocessing.get_start_method() != "fork":
-        multiprocessing.resource_tracker.ensure_running()  # it would let Ctrl-C through again where it starts
-    # Ctrl-C waits until all are started; they inherit that, and never see it.
+        multiprocessing.resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for _ in range(n - 1):

@@ -56,8 +56,8 @@ def parallel_map(n):
     used again after that. Linux and macOS.
     """
     workers = []
-    # Ctrl-C waits until all are started; they inherit that, and never see it. Where they start afresh,
-    # so does a tracker of resources, which would let it through again: so start that before.
+    # Ctrl-C waits until all are started; they inherit that, and never see it. Where they start
+    # afresh, a tracker of resources starts with them and would let it through: so it starts first.
     if multiprocessing.get_start_method() != "fork":
         multiprocessing.resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

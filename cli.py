@@ -40,7 +40,8 @@ def main(program, argv=None):
         return 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
-        state = "is as it was" if before == _modified(out) else "is saved"
+        state = ("is saved" if before != _modified(out) else
+                 "is as it was" if before else "was not written")
         print(end="\n" * sys.stdout.isatty())  # after the progress line
         return _fail(f"stopped; {out} {state}" if out else "stopped", 130)
     except BrokenPipeError:  # `| head -1` has read enough; nothing may be printed at exit either
@@ -151,11 +152,12 @@ def dpo_parser():
 
 
 def eval_parser():
-    parser = _Parser("eval", "Print the metrics of checkpoints, or their answers to a prompt.")
-    parser.set_defaults(prompt=None, samples=None, tokens=None)  # first, or --help would show them
+    parser = _Parser("eval", "Print metrics of checkpoints, answers to a prompt, or DPO's credit.")
+    defaults = [Path("runs/sft.npz"), Path("runs/dpo.npz")]  # set first, or --help would show them
+    parser.set_defaults(checkpoints=defaults, prompt=None, samples=None, tokens=None)
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, default=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
-        metavar="CHECKPOINT", help="what sft.py or dpo.py wrote")
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=argparse.SUPPRESS,
+        help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
     add("--prompt", type=target, metavar="TARGET", default=argparse.SUPPRESS,
         help="answer this target, 5 to 100, instead of measuring")
     add("--samples", type=count, default=argparse.SUPPRESS,
@@ -164,9 +166,10 @@ def eval_parser():
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
     add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
         help="draw beta (log pi - log pi_ref) of each token of this line, 100=10+70+20, and of "
-             "another: a second one given here, or what the reference answers instead")
+             "another: a second one given here, or what the reference answers instead; tokens.png "
+             "goes beside the second checkpoint; checkpoints come before this flag")
     add("--beta", type=positive, default=0.8, help="for --tokens")
-    add("--json", action="store_true", help="print the same as JSON")
+    add("--json", action="store_true", help="print metrics or answers as JSON")
     parser.add_common("the sampled answers")
     return parser
 

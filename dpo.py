@@ -89,9 +89,9 @@ def sampled_pairs(model, n_prompts, n_answers, prefer, rng, map_fn=map, earlier=
     """Pairs of the model's own answers: n_answers to each of n_prompts training targets, judged.
 
     For each prompt, answers that may be chosen are paired off with others, one to one; what is left
-    over is dropped. Where none may be chosen, one of an earlier round is, from `earlier`, which is
-    kept up to date: {target: [line]}. A target that the policy has lost would never come back
-    otherwise. None if there are no pairs.
+    over is dropped. Where none may be chosen, one given earlier is: a target that the policy has
+    lost would never come back otherwise. `earlier`, {target: [line]}, is kept up to date. None if
+    there are no pairs.
     """
     earlier = {} if earlier is None else earlier
     targets = np.repeat(rng.choice(data.TRAINING, n_prompts), n_answers).tolist()
@@ -157,6 +157,8 @@ def masses(model, prefer, map_fn=map, answers=20):
 def main(arguments):
     """Train from the SFT checkpoint, show before and after, write checkpoint and pictures."""
     out, prefer, rounds = arguments.out, arguments.prefer, arguments.rounds
+    if out.resolve() == arguments.sft.resolve():
+        raise UserError("--out would overwrite --sft; choose another name")
     reference, model = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     rng = np.random.default_rng(arguments.seed)
     with parallel_map(arguments.threads) as map_fn:

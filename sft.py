@@ -88,4 +88,4 @@ def main(arguments):
     print(f"\n{evaluation.table(rows)}\n")
     for target in evaluation.EXAMPLES:
         print(evaluation.shown(evaluation.answers_to(model, target, 0)[0]))
-    print(f"\nwrote {out}; next: python dpo.py --beta 0.8")
+    print(f"\nwrote {out}; next: python dpo.py --beta 0.8 --sft {out}")

@@ -89,7 +89,7 @@ class Transformer:
 
         Greedy at temperature 0, else sampled from softmax(logits / temperature) with `rng`, a NumPy
         Generator; a row stops at `end` or after max_new_tokens. All rows advance together, a column
-        a step. A row with a longer prompt is still fed it while others write: nothing is padded.
+        a step. A row with a longer prompt is still fed it while others write: no padding is read.
         """
         if not temperature >= 0:
             raise ValueError(f"the temperature must be at least 0, not {temperature}")
@@ -140,8 +140,7 @@ class Transformer:
             fields = json.loads(arrays.pop("config").item())
             config = Config(**{f.name: fields[f.name] for f in dataclasses.fields(Config)})
         except Exception as error:  # NumPy, zipfile and json raise a dozen kinds for damaged files
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path} is not a whole checkpoint ({reason})") from error
+            raise ValueError(f"{path} is not a whole checkpoint") from error
         # Compared before anything of the sizes in `config` is allocated: they may be damaged, too.
         if 6 * config.n_layers + 3 != len(arrays):
             raise ValueError(f"{path} holds {len(arrays)} arrays, not those of its config")

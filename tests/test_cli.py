@@ -99,6 +99,12 @@ def test_a_damaged_checkpoint_is_one_line_and_the_old_result_stays(capsys, tmp_p
     assert out.read_bytes() == b"an earlier result"
 
 
+def test_dpo_does_not_overwrite_its_own_reference(capsys, tiny_sft):
+    content = tiny_sft.read_bytes()
+    assert "--out" in one_line(capsys, "dpo", "--sft", tiny_sft, "--out", tiny_sft)
+    assert tiny_sft.read_bytes() == content
+
+
 def test_an_unwritable_place_is_refused_before_training(capsys, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     assert "file" in one_line(capsys, "sft", *TINY, "--out", tmp_path / "file" / "sft.npz")
@@ -155,7 +161,8 @@ def test_help_is_quick_and_explains_every_flag(program):
     assert "import 'numpy'" not in loaded and "import 'matplotlib'" not in loaded
     for action in cli.PARSERS[program]()._actions:
         assert action.help
-    assert "None" not in cli.PARSERS[program]().format_help()
+    explained = cli.PARSERS[program]().format_help()
+    assert "None" not in explained and "PosixPath" not in explained
 
 
 def test_ctrl_c_keeps_the_earlier_checkpoint(tmp_path):

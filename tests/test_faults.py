@@ -66,7 +66,7 @@ def test_ctrl_c_anywhere_in_dpo(earlier, place):
     out = path.with_name("dpo.npz")
     result = interrupt("dpo", place, "--pairs", "rule", "--rounds", 2, "--prompts", 4,
                        "--threads", 1, "--sft", path, "--out", out)
-    assert (result.returncode, result.stderr) == (130, f"stopped; {out} is as it was\n")
+    assert (result.returncode, result.stderr) == (130, f"stopped; {out} was not written\n")
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -560,7 +560,7 @@ def test_a_config_that_is_no_config(load_changed, config):
 def test_a_missing_config(checkpoint, load):
     file = io.BytesIO()
     np.savez(file, **weights(checkpoint[0]))
-    with pytest.raises(ValueError, match="config"):
+    with pytest.raises(ValueError, match="model.npz"):
         load(file.getvalue())
 
 

@@ -3,7 +3,7 @@
 Shapes are the usual (..., D). In memory, though, results lie features first: a (D, N) matrix with
 one column for each of the N = B T positions. Sums over features, halves of features and factors for
 each position are then long contiguous rows, which NumPy works through several times as fast as
-through short ones. The formulas are in columns, too: y = W^T x.
+through short ones. The formulas are in columns, too (y = W^T x), but for attention's, in rows.
 """
 import math
 from functools import lru_cache
@@ -104,11 +104,12 @@ def _normed_backward(grad, normed, inverse_rms):
 def swiglu(gate_up):
     """silu(gate) * up of the two halves [gate | up] of the last axis: (..., 2F) -> (..., F).
 
-    Shazeer 2020, Eq. 6, with silu(a) = a s and s = sigmoid(a). As ds/da = s (1 - s), and g = dL/dy,
+    Shazeer 2020, Eq. 5 without biases; silu(a) = a s, s = sigmoid(a). As ds/da = s (1 - s), and
+    with g = dL/dy,
         dL/dup = g silu(gate)        dL/dgate = g up (s + silu(gate) (1 - s))
     """
     gate, up = np.split(_columns(gate_up.data), 2)  # (F, N) each
-    sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # 1 / (1 + exp(-gate)), which cannot overflow
+    sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # is 1 / (1 + exp(-gate)), without its overflow
     silu = gate * sigmoid
 
     def backward(grad):
@@ -132,7 +133,8 @@ def log_sigmoid(x):
 def token_log_probs(logits, targets):
     """log softmax(logits) at the targets: (B, T, V), int (B, T) -> (B, T).
 
-    log p_k = z_k - log sum_j exp z_j, so d(log p_k)/dz_j = delta_jk - p_j.
+    With logits z and p = softmax(z), log p_k = z_k - log sum_j exp z_j. So
+    d(log p_k)/dz_j = delta_jk - p_j.
     """
     columns, at = _columns(logits.data), (targets.ravel(), np.arange(targets.size))  # (V, N)
     shifted = columns - columns.max(axis=0)

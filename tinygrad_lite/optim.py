@@ -21,7 +21,7 @@ class Adam:
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
-        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) are running means."""
+        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) are running means; t counts the steps."""
         self.steps += 1
         beta1, beta2 = self.betas
         grad = np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
@@ -42,7 +42,7 @@ class Adam:
 
 
 def clip_grad_norm(parameters, max_norm):
-    """Scale the gradients so that their joint norm is at most `max_norm`; return that before."""
+    """Scale the gradients so that their joint norm is at most `max_norm`; return it as it was."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(np.square(grad, dtype=np.float64).sum() for grad in grads))
     if norm > max_norm:

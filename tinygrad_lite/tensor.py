@@ -3,7 +3,8 @@
 An op is a plain function: it computes its result with NumPy and ends with
 `return Tensor(out, parents=..., backward=backward)`. The nested `backward(grad)` takes the gradient
 of the loss with respect to `out` and returns one gradient for each parent (chain rule). Ops never
-touch `.grad`; `gradients` at the end walks the tape once for all of them.
+touch `.grad`; `gradients` at the end walks the tape, the parents and theirs in turn, once for all.
+It ends at the leaves, the Tensors that no op made.
 """
 import contextlib
 import heapq

@@ -56,7 +56,7 @@ def metrics(lines, prefer=3):
             "counts": counts}
 
 
-def kind(line, prefer=3):
+def kind(line, prefer):
     """Which of `plots.KINDS` an answer (ids) is. DPO may choose the "right, preferred" ones."""
     parsed = data.read(line)
     if parsed is None:

@@ -277,17 +277,17 @@ RIGHT, OTHER, WRONG, BROKEN = (lambda t: f"1+1+{t - 2}", lambda t: f"1+{t - 1}",
                                lambda t: f"1+1+{t}", lambda t: "1++1=")
 
 
-@given(st.integers(1, 8), st.integers(2, 8), st.integers(0, 2 ** 32 - 1))
-def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answers, seed):
+@given(st.integers(1, 8), st.integers(2, 8), st.sampled_from([2, 3]), st.integers(0, 2 ** 32 - 1))
+def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answers, prefer, seed):
     model = Scripted(RIGHT, OTHER, WRONG, BROKEN, RIGHT)
-    pairs = dpo.sampled_pairs(model, prompts, answers, 3, np.random.default_rng(seed), map)
-    chosen, rejected = pairs
+    chosen, rejected = dpo.sampled_pairs(model, prompts, answers, prefer,
+                                         np.random.default_rng(seed), map)
     for c, r in zip(chosen, rejected):
         target, terms = read(c)
-        assert sum(terms) == target and len(terms) == 3
+        assert sum(terms) == target and len(terms) == prefer
         assert target not in data.HELD_OUT
         parsed = read(r)
-        assert parsed is None or sum(parsed[1]) != target or len(parsed[1]) != 3
+        assert parsed is None or sum(parsed[1]) != target or len(parsed[1]) != prefer
         assert data.decode(r).split("=")[0] == str(target)
 
 
@@ -297,7 +297,7 @@ def test_an_earlier_right_answer_stands_in_for_a_target_that_is_lost():
         return dpo.sampled_pairs(model, 40, 3, 3, np.random.default_rng(0), map, earlier)
     earlier = {}
     assert ask(Scripted(WRONG), earlier) is None and not any(earlier.values())
-    chosen, _ = ask(Scripted(RIGHT, WRONG, BROKEN), earlier)
+    chosen, _ = ask(Scripted(RIGHT, RIGHT, BROKEN), earlier)
     targets = [read(line)[0] for line in chosen]
     assert {target: list(map(data.decode, lines)) for target, lines in earlier.items()} == {
         target: [f"{target}={RIGHT(target)}"] for target in targets}
@@ -312,16 +312,19 @@ def test_an_earlier_right_answer_stands_in_for_a_target_that_is_lost():
 
 def test_pairs_are_sampled_at_temperature_1_on_the_pool_that_is_given(monkeypatch):
     """The probabilities that the loss compares are those of temperature 1."""
-    asked = []
+    asked, drawn = [], []
 
     def sample(model, targets, temperature, rng, map_fn):
         asked.append((len(targets), temperature, map_fn))
+        drawn.append(rng.random())
         return [data.prompt(t) + data.encode(RIGHT(t)) + [data.END] for t in targets]
     monkeypatch.setattr(dpo.evaluation, "sample", sample)
     pool = object()
     dpo.sampled_pairs(None, 3, 4, 3, np.random.default_rng(0), pool)
     dpo.masses(None, 3, pool)
-    assert asked == [(12, 1.0, pool), (20 * len(data.HELD_OUT), 1.0, pool)]
+    dpo.masses(None, 3, pool)
+    assert asked == [(12, 1.0, pool), *2 * [(20 * len(data.HELD_OUT), 1.0, pool)]]
+    assert drawn[1] == drawn[2]  # only the model changes from one measurement to the next
 
 
 def test_masses_are_the_shares_of_the_four_kinds_of_answers():

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -508,9 +509,9 @@ def test_pickles_are_not_opened(load_changed):
 @pytest.mark.parametrize("array", [None, np.ones(23), np.ones((24, 1)), np.ones((1, 24)),
                                    np.float32(1), np.ones(24, int), np.ones(24, complex),
                                    np.array(["1"] * 24), np.full(24, np.nan), np.full(24, np.inf),
-                                   np.r_[np.ones(23), -np.inf]],
+                                   np.r_[np.ones(23), -np.inf], np.full(24, 1e300)],
                          ids=["missing", "short", "column", "row", "0-d", "int", "complex", "text",
-                              "NaN", "infinite", "one infinite"])
+                              "NaN", "infinite", "one infinite", "infinite in float32"])
 def test_an_array_that_is_not_the_models(load_changed, array):
     said = "holds 8 arrays" if array is None else "norm should be finite numbers, float32 (24,)"
     with pytest.raises(ValueError, match=f"model.npz:? {re.escape(said)}"):
@@ -584,5 +585,7 @@ def test_json_is_written_whole_and_readable(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]
     with pytest.raises(TypeError):
         write_json(tmp_path / "runs" / "facts.json", {"a set": {1}})
+    write_json(tmp_path / "path.json", {"out": Path("runs/sft.npz")})
+    assert json.loads((tmp_path / "path.json").read_text()) == {"out": str(Path("runs/sft.npz"))}
     assert json.loads((tmp_path / "runs" / "facts.json").read_text(encoding="utf-8")) == facts
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]

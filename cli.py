@@ -134,19 +134,15 @@ def sft_parser():
 def dpo_parser():
     parser = _Parser("dpo", "Teach a trained model a preference by Direct Preference Optimization.")
     add = parser.add_argument
-    add("--beta", type=positive, default=0.8,
-        help="the paper's beta: the larger, the smaller the step away from the reference that "
-             "satisfies the loss")
+    add("--beta", type=positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["sampled", "rule"], default="sampled",
         help="the model's own answers, judged; or right sums made by rule, which ruin the model")
     add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
     add("--rounds", type=count, default=600, help="rounds of new pairs, with one step each")
-    add("--prompts", type=count, default=192,
-        help="targets drawn in a round; with --pairs rule, pairs made in a round")
+    add("--prompts", type=count, default=192, help="targets (or, made by rule, pairs) in a round")
     add("--answers", type=count, default=8, help="answers sampled for each target")
     add("--lr", type=positive, default=7e-4, help="peak learning rate of Adam")
-    add("--sft", type=Path, default=Path("runs/sft.npz"),
-        help="the checkpoint to start from: policy and reference")
+    add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     parser.add_common("pairs", "runs/dpo.npz")
     return parser
 

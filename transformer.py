@@ -26,11 +26,9 @@ class Config:
         for name, value in vars(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
-        if self.d_model // self.n_heads % 2:
-            raise ValueError(f"d_model / n_heads is {self.d_model // self.n_heads}, an odd head "
-                             f"size; rotary positions turn pairs of features")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
+                             f"{2 * self.n_heads}; rotary positions turn pairs of features")
 
 
 class Transformer:
@@ -91,10 +89,8 @@ class Transformer:
         Generator; a row stops at `end` or after max_new_tokens. All rows advance together, a column
         a step. A row with a longer prompt is still fed it while others write: no padding is read.
         """
-        if not temperature >= 0:
-            raise ValueError(f"the temperature must be at least 0, not {temperature}")
-        if temperature and rng is None:
-            raise ValueError("sampling at a temperature needs rng, a numpy Generator")
+        if not temperature >= 0 or temperature and rng is None:
+            raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
         lengths = np.array([len(ids) for ids in prompts])

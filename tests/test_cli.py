@@ -56,8 +56,8 @@ def tiny_sft(tmp_path_factory):
     (["--steps", "1.5"], "at least 1"), (["--threads", "65"], "from 1 to 64"),
     (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
     (["--lr", "inf"], "above 0"), (["--seed", "-1"], "at least 0"), (["--out", "x.txt"], ".npz"),
-    (["--d-model", "50", "--n-heads", "4"], "not divisible"),
-    (["--d-model", "12", "--n-heads", "4"], "odd head size")])
+    (["--d-model", "50", "--n-heads", "4"], "50 is not divisible by 2 n_heads = 8"),
+    (["--d-model", "12", "--n-heads", "4"], "12 is not divisible by 2 n_heads = 8")])
 def test_sft_refuses_bad_flags(capsys, tmp_path, monkeypatch, flags, hint):
     monkeypatch.chdir(tmp_path)
     assert hint in one_line(capsys, "sft", *flags)

@@ -70,8 +70,9 @@ def _modified(path):
 
 def _number(kind, valid, meaning, text):
     with contextlib.suppress(ValueError):
-        if valid(kind(text)):
-            return kind(text)
+        value = kind(text)
+        if valid(value):
+            return value
     raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
 
 

@@ -175,7 +175,7 @@ def main(arguments):
                 row["masses"] = masses(model, prefer, map_fn)
             history.append(row)
             if row["pairs"] == 0:
-                print(f"round {row['round']}: no target had both a preferred and another answer")
+                print(f"round {row['round']} skipped: no target had a preferred and another answer")
                 continue
             progress.show(row["round"], f"loss {row['loss']:.3f}  pairs {row['pairs']}  margin "
                           f"{row['rewards/margins']:.2f}  accuracy {row['rewards/accuracies']:.2f}")

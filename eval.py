@@ -133,7 +133,8 @@ def load(path):
         model = Transformer.load(path)
     except FileNotFoundError:
         program = "dpo" if path.name == "dpo.npz" else "sft"
-        raise UserError(f"no {program.upper()} checkpoint at {path}; run python {program}.py first")
+        raise UserError(f"no {program.upper()} checkpoint at {path}; run python {program}.py first"
+                        ) from None
     except ValueError as error:
         raise UserError(f"{error}; train it again, or name another file") from None
     if model.config.vocab_size != len(data.VOCAB):

@@ -133,22 +133,28 @@ class Transformer:
         try:
             with np.load(path, allow_pickle=False) as archive:  # a pickle could run code
                 arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
+            raise ValueError(f"{path} is not a whole checkpoint") from error
+        try:
             fields = json.loads(arrays.pop("config").item())
             config = Config(**{f.name: fields[f.name] for f in dataclasses.fields(Config)})
-        except Exception as error:  # NumPy, zipfile and json raise a dozen kinds for damaged files
-            raise ValueError(f"{path} is not a whole checkpoint") from error
+        except Exception as error:  # it may hold anything
+            raise ValueError(f"{path} has no valid config ({error})") from error
         # Compared before anything of the sizes in `config` is allocated: they may be damaged, too.
         if 6 * config.n_layers + 3 != len(arrays):
             raise ValueError(f"{path} holds {len(arrays)} arrays, not those of its config")
         for name, shape in parameter_shapes(config).items():
             array = arrays.get(name)
+            if array is None or array.shape != shape or array.dtype.kind != "f":
+                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                raise ValueError(f"{path}: {name} should be float32 {shape}, found {found}")
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
-                if (array is None or array.shape != shape or array.dtype.kind != "f"
-                        or not np.isfinite(array.astype(np.float32)).all()):
-                    raise ValueError(f"{path}: {name} should be finite numbers, float32 {shape}")
+                arrays[name] = array.astype(np.float32)
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"{path}: {name} holds NaN or infinity")
         model = cls(config)
         for name, parameter in model._parameters.items():
-            parameter.data = arrays[name].astype(np.float32)
+            parameter.data = arrays[name]
         return model
 
 

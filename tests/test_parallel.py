@@ -229,22 +229,23 @@ def test_no_process_outlives_the_one_that_started_it(kind):
     assert not any(map(is_running, processes))
 
 
-WITH_SPAWN = """
+STARTED_AS = """
 import multiprocessing, sys
 sys.path.insert(0, sys.argv[1])
 import cli
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    sys.exit(cli.main("sft", sys.argv[2:]))
+    multiprocessing.set_start_method(sys.argv[2])
+    sys.exit(cli.main("sft", sys.argv[3:]))
 """
 
 
 def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
     """As on macOS, where a worker starts from a fresh Python."""
     script = tmp_path / "with_spawn.py"
-    script.write_text(WITH_SPAWN)
+    script.write_text(STARTED_AS)
     flags = [*TINY[:-2], "--batch-size", "128", "--steps", "3"]
-    for command in ([script, ROOT, *flags, "--threads", "2", "--out", tmp_path / "spawned.npz"],
+    for command in ([script, ROOT, "spawn", *flags, "--threads", "2",
+                     "--out", tmp_path / "spawned.npz"],
                     [ROOT / "sft.py", *flags, "--threads", "1", "--out", tmp_path / "alone.npz"]):
         subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
     assert (tmp_path / "spawned.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
@@ -256,8 +257,8 @@ def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
 def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path, start, wait):
     """A terminal sends it to all processes of the run at once; the first ones start just then."""
     out, script = tmp_path / "sft.npz", tmp_path / "program.py"
-    script.write_text(WITH_SPAWN.replace("spawn", start))
-    run = subprocess.Popen([sys.executable, script, ROOT, *TINY[:-2], "--threads", "3",
+    script.write_text(STARTED_AS)
+    run = subprocess.Popen([sys.executable, script, ROOT, start, *TINY[:-2], "--threads", "3",
                             "--batch-size", "256", "--steps", "100000", "--out", out],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True)

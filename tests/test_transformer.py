@@ -513,13 +513,15 @@ def test_pickles_are_not_opened(load_changed):
                          ids=["missing", "short", "column", "row", "0-d", "int", "complex", "text",
                               "NaN", "infinite", "one infinite", "infinite in float32"])
 def test_an_array_that_is_not_the_models(load_changed, array):
-    said = "holds 8 arrays" if array is None else "norm should be finite numbers, float32 (24,)"
-    with pytest.raises(ValueError, match=f"model.npz:? {re.escape(said)}"):
+    found = f"{array.dtype} {array.shape}" if array is not None else "holds"
+    if array is not None and array.dtype.kind == "f" and array.shape == (24,):
+        found = "norm holds NaN or infinity"
+    with pytest.raises(ValueError, match=f"model.npz.*{re.escape(found)}"):
         load_changed(norm=array)
 
 
 def test_an_array_of_another_name(load_changed):
-    with pytest.raises(ValueError, match="norm should be finite numbers, float32 .24,"):
+    with pytest.raises(ValueError, match="norm should be float32 .24,., found nothing"):
         load_changed(norm=None, gain=np.ones(24, np.float32))
 
 
@@ -561,7 +563,7 @@ def test_a_config_that_is_no_config(load_changed, config):
 def test_a_missing_config(checkpoint, load):
     file = io.BytesIO()
     np.savez(file, **weights(checkpoint[0]))
-    with pytest.raises(ValueError, match="model.npz"):
+    with pytest.raises(ValueError, match="model.npz.*config"):
         load(file.getvalue())
 
 
@@ -585,7 +587,10 @@ def test_json_is_written_whole_and_readable(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]
     with pytest.raises(TypeError):
         write_json(tmp_path / "runs" / "facts.json", {"a set": {1}})
-    write_json(tmp_path / "path.json", {"out": Path("runs/sft.npz")})
-    assert json.loads((tmp_path / "path.json").read_text()) == {"out": str(Path("runs/sft.npz"))}
     assert json.loads((tmp_path / "runs" / "facts.json").read_text(encoding="utf-8")) == facts
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["facts.json"]
+
+
+def test_a_path_is_text_in_json(tmp_path):
+    write_json(tmp_path / "facts.json", {"out": Path("runs/sft.npz")})
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"out": str(Path("runs/sft.npz"))}

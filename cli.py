@@ -1,178 +1,112 @@
-"""The command lines of sft.py, dpo.py and eval.py: flags, progress, and what a mistake prints.
-
-Nothing here imports NumPy, so that --help and a mistyped flag are answered at once.
-"""
+"""What the programs share: one-line errors, flags, progress, and files that are never half-written."""
 import argparse
 import contextlib
-import importlib
+import json
 import math
+import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
-import warnings
+import uuid
 from functools import partial
 from pathlib import Path
+
+from tinygrad_lite import ProcessKilled
+import numpy as np
+
+
+SFT_TIME = "about a minute"  # on two cores; messages and README say so
 
 
 class UserError(Exception):
     """A mistake that one line can explain: printed on stderr, exit code 2, no traceback."""
 
 
-def main(program, argv=None):
-    """Run program.main with its flags; return the exit code.
-
-    0, or 2 for a mistake, 130 for Ctrl-C, 1 when nobody reads standard output any more.
-    """
-    out, before = None, None
+def run(main):
+    """Run a program's main() and exit: 0, or 2 after one line about a mistake, 130 after Ctrl-C, 1
+    when nobody reads standard output to its end."""
+    signal.signal(signal.SIGINT, _stop)
+    os.environ.pop("MPLBACKEND", None)  # a notebook's; pictures go to files
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None after `>&-`
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold anything
+    np.seterr(all="ignore")  # the loops look at the loss
+    code = 0
     try:
-        arguments = PARSERS[program]().parse_args(argv)
-        out = getattr(arguments, "out", None)
-        before = _modified(out)
-        if out:  # fail before minutes of training, not after them
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(out.parent, os.W_OK):
-                raise UserError(f"cannot write to {out.parent}; choose another --out")
-        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of an overflow: the loops say so
-        importlib.import_module(program).main(arguments)
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
-        state = ("is saved" if before != _modified(out) else
-                 "is as it was" if before else "was not written")
-        print(end="\n" * sys.stdout.isatty())  # after the progress line
-        return _fail(f"stopped; {out} {state}" if out else "stopped", 130)
-    except BrokenPipeError:  # `| head -1` has read enough; nothing may be printed at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # also after --help
+    except BrokenPipeError:  # `| head -1` has read enough
+        code = 1
     except UserError as error:
-        return _fail(f"{program}.py: {error}", 2)
+        code = _fail(error)
+    except ProcessKilled as error:
+        code = _fail(error)
     except MemoryError:
-        return _fail(f"{program}.py: not enough memory; choose smaller sizes", 2)
+        code = _fail("not enough memory; choose smaller sizes")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        state = "nothing was overwritten" if before == _modified(out) else f"{out} is saved"
-        return _fail(f"{program}.py: {where}{error.strerror or error}; {state}", 2)
+        code = _fail(f"{where}{error.strerror or error}")
+    if code:  # what could not be printed must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
-def _fail(message, code):
-    print(" ".join(message.split()), file=sys.stderr)
-    return code
+def _fail(message):
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
 
 
-def _modified(path):
-    return path.stat().st_mtime_ns if path and path.exists() else None
+def _stop(*_):
+    """Ctrl-C ends the program at once. An exception could be lost in a callback, or abort C code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.parent_process() is None:  # not in a process that has just been started
+        for process in multiprocessing.active_children():
+            process.kill()
+        for part in list(_unfinished):
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+        os.write(2, b"\nstopped\n" if sys.stdout.isatty() else b"stopped\n")
+    os._exit(130)
 
 
-# What a flag may be.
+# Flags.
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with every default in --help and every message on one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        sys.exit(_fail(f"{message}; see python {self.prog} --help"))
+
 
 def _number(kind, valid, meaning, text):
     with contextlib.suppress(ValueError):
         value = kind(text)
         if valid(value):
             return value
-    raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be {meaning}, not {text[:50]!r}")
 
 
 count = partial(_number, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
+several = partial(_number, int, lambda n: 2 <= n < 2 ** 31, "a whole number of at least 2")
 processes = partial(_number, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
-seed = partial(_number, int, lambda n: 0 <= n < 2 ** 63, "a whole number of at least 0")
+seed = partial(_number, int, lambda n: 0 <= n < 2 ** 63, "a whole number from 0 to 2^63 - 1")
 target = partial(_number, int, lambda n: 5 <= n <= 100, "a whole number from 5 to 100")
-positive = partial(_number, float, lambda x: 0 < x < math.inf, "a finite number above 0")
+positive = partial(_number, float, lambda x: 0 < x < 1e30, "a number above 0 and below 1e30")
 
 
 def checkpoint_path(text):
-    if Path(text).suffix != ".npz" or Path(text).is_dir():
+    if Path(text).suffix != ".npz":
         raise argparse.ArgumentTypeError(f"must be a file name ending in .npz, not {text!r}")
     return Path(text)
 
 
-def sum_line(text):
-    match = re.fullmatch(r"([0-9]{1,3})=[0-9]+(\+[0-9]+)*", text)
-    if not match or len(text) > 23 or not 5 <= int(match[1]) <= 100:
-        raise argparse.ArgumentTypeError(f"must be a line such as 100=10+70+20, not {text!r}")
-    return text
-
-
-# The flags.
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with every default in --help and every message on one line."""
-
-    def __init__(self, program, description):
-        super().__init__(prog=f"{program}.py", description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        sys.exit(_fail(f"{self.prog}: {message}; see python {self.prog} --help", 2))
-
-    def add_common(self, seed_of, out=None):
-        add = self.add_argument
-        add("--seed", type=seed, default=0, help=f"of {seed_of}; the same seed, the same run")
-        add("--threads", type=processes, default=min(4, os.cpu_count() or 1),
-            help="processes to compute in, best one a core; the result does not depend on it")
-        if out:
-            add("--out", type=checkpoint_path, default=Path(out),
-                help="the checkpoint to write; a .json and pictures go beside it")
-
-
-def sft_parser():
-    parser = _Parser("sft", "Train a Transformer from scratch to write sums.")
-    add = parser.add_argument
-    add("--steps", type=count, default=20000, help="training steps")
-    add("--batch-size", type=count, default=128, help="lines in a step")
-    add("--lr", type=positive, default=8e-3, help="peak learning rate of Adam")
-    add("--d-model", type=count, default=32, help="width of the residual stream")
-    add("--n-layers", type=count, default=3, help="number of blocks")
-    add("--n-heads", type=count, default=4, help="attention heads; must divide --d-model")
-    add("--d-hidden", type=count, default=64, help="hidden width of the MLP")
-    parser.add_common("weights and lines", "runs/sft.npz")
-    return parser
-
-
-def dpo_parser():
-    parser = _Parser("dpo", "Teach a trained model a preference by Direct Preference Optimization.")
-    add = parser.add_argument
-    add("--beta", type=positive, default=0.8, help="how strongly to hold on to the reference")
-    add("--pairs", choices=["sampled", "rule"], default="sampled",
-        help="the model's own answers, judged; or right sums made by rule, which ruin the model")
-    add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
-    add("--rounds", type=count, default=600, help="rounds of new pairs, with one step each")
-    add("--prompts", type=count, default=192, help="targets (or, made by rule, pairs) in a round")
-    add("--answers", type=count, default=8, help="answers sampled for each target")
-    add("--lr", type=positive, default=7e-4, help="peak learning rate of Adam")
-    add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
-    parser.add_common("pairs", "runs/dpo.npz")
-    return parser
-
-
-def eval_parser():
-    parser = _Parser("eval", "Print metrics of checkpoints, answers to a prompt, or DPO's credit.")
-    defaults = [Path("runs/sft.npz"), Path("runs/dpo.npz")]  # set first, or --help would show them
-    parser.set_defaults(checkpoints=defaults, prompt=None, samples=None, tokens=None)
-    add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=argparse.SUPPRESS,
-        help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
-    add("--prompt", type=target, metavar="TARGET", default=argparse.SUPPRESS,
-        help="answer this target, 5 to 100, instead of measuring")
-    add("--samples", type=count, default=argparse.SUPPRESS,
-        help="answers sampled for each target (default: 50, or 5 with --prompt)")
-    add("--temperature", type=positive, default=1.0, help="of the sampled answers")
-    add("--prefer", type=int, choices=range(2, 6), default=3, help="the preferred number of terms")
-    add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
-        help="draw beta (log pi - log pi_ref) of each token of this line, 100=10+70+20, and of "
-             "another: a second one given here, or what the reference answers instead; tokens.png "
-             "goes beside the second checkpoint; checkpoints come before this flag")
-    add("--beta", type=positive, default=0.8, help="for --tokens")
-    add("--json", action="store_true", help="print metrics or answers as JSON")
-    parser.add_common("the sampled answers")
-    return parser
-
-
-PARSERS = {"sft": sft_parser, "dpo": dpo_parser, "eval": eval_parser}
-
+# Progress.
 
 class Progress:
     """One line that tells how a run goes: in place on a terminal, every few seconds elsewhere."""
@@ -190,7 +124,61 @@ class Progress:
         if now < self.next and done < self.total:
             return
         self.next = now + (0.2 if self.terminal else 5.0)
-        left = int(now / done * (self.total - done))
+        left = math.ceil(now / done * (self.total - done))
         line = f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left"
         stay = self.terminal and done < self.total
         print("\r\x1b[K" * self.terminal + line, end="" if stay else "\n", flush=True)
+
+
+# Files.
+
+_unfinished = set()  # paths of files that are being written
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that takes its place at `path` only once it is complete and on disk."""
+    path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    _unfinished.add(part)
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        _unfinished.discard(part)
+
+
+def write_json(path, facts):
+    """`facts` as a JSON file; paths become text."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(facts, indent=1, default=os.fspath).encode())
+
+
+def outputs(path, *endings):
+    """The files with these endings beside `path`, runs/sft.npz -> runs/sft-loss.png.
+
+    Raises UserError where one of them, or `path`, cannot be written: before minutes of training,
+    not after them.
+    """
+    others = [path.with_name(path.stem + ending) for ending in endings]
+    for file in (path, *others):
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(file)  # a name that is too long, for one
+                if not os.path.isfile(file):
+                    raise UserError(f"{file} is not a regular file; choose another name")
+            folder = Path(os.path.realpath(file)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{uuid.uuid4().hex}.part"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}; choose another name") from None
+    return others

@@ -1,187 +1,229 @@
-"""The metrics: does an answer parse, sum to its target, and have the preferred number of terms?"""
-if __name__ == "__main__":  # flags first: --help and mistakes are answered before NumPy loads
-    import cli
-    raise SystemExit(cli.main("eval"))
-
+"""Print the metrics of checkpoints, their answers to a prompt, or where DPO put its credit."""
+import argparse
 import json
-from functools import partial
+from pathlib import Path
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import no_grad, parallel_map
+from tinygrad_lite import no_grad
 import numpy as np
 
+import cli
 import data
-import plots
 from cli import UserError
 from transformer import Transformer
 
-CHUNK = 256  # prompts decoded together; fixed, so that --threads does not change the answers
+CHUNK = 256  # prompts decoded together: more leave the processor's cache
 ANSWERS = 50  # sampled for each target
-EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run shows
+EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
 
 
-def sample(model, targets, temperature, rng, map_fn=map):
+# Sampling.
+
+def sample(model, targets, temperature, rng):
     """One answer for each target: a list of lines as ids, with prompt and end token.
 
     Greedy at temperature 0. A line that has filled data.MAX_LEN stops without an end token.
     """
-    chunks = [targets[i:i + CHUNK] for i in range(0, len(targets), CHUNK)]
-    answered = map_fn(partial(_answers, model, temperature), chunks, rng.spawn(len(chunks)))
-    return [line for lines in answered for line in lines]
+    lines = []
+    for start in range(0, len(targets), CHUNK):
+        prompts = [data.encode_prompt(target) for target in targets[start:start + CHUNK]]
+        room = data.MAX_LEN - min(map(len, prompts))
+        answers = model.generate(prompts, room, temperature, rng)
+        lines += [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]
+    return lines
 
 
-def _answers(model, temperature, targets, rng):
-    prompts = [data.prompt(target) for target in targets]
-    room = data.MAX_LEN - min(map(len, prompts))
-    answers = model.generate(prompts, room, temperature, rng)
-    return [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]
-
+# Metrics.
 
 def metrics(lines, prefer=3):
     """What a list of answers (ids) is worth, as a dict.
 
-    `mean_abs_error` of the sum, over the answers that parse (None if none does). `exact`, `format`
-    and `preferred`: the shares of all answers that sum to the target, that parse, and whose terms,
-    whatever their sum, `data.prefers`. `counts`: answers that parse, by their number of terms, as
-    {"3": 41}. `n`: all answers.
+    `exact`, `preferred`, `both`, `format`: the shares of all answers whose sum is the target, whose
+    terms `data.prefers` whatever their sum, of which both is true, and that parse.
+    `mean_abs_error` of the sum, over answers that parse (None if none does). `counts`: answers that
+    parse, by their number of terms, as {"3": 41}. `n`: all answers.
     """
-    parsed = [pair for pair in map(data.read, lines) if pair]
-    errors = [abs(sum(terms) - target) for target, terms in parsed]
-    sizes = [len(terms) for _, terms in parsed]
-    counts = {str(k): sizes.count(k) for k in sorted({*data.COUNTS, *sizes})}
+    judged = [data.judge(line, prefer) for line in lines]
+    parsed = [j for j in judged if j.terms is not None]
+    sizes = [len(j.terms) for j in parsed]
+    errors = [abs(j.total - j.target) for j in parsed]
     n = len(lines)
-    return {"n": n, "mean_abs_error": sum(errors) / len(errors) if errors else None,
-            "exact": errors.count(0) / n, "format": len(parsed) / n,
-            "preferred": sum(data.prefers(terms, prefer) for _, terms in parsed) / n,
-            "counts": counts}
+    return {"n": n, "both": sum(j.exact and j.preferred for j in judged) / n,
+            "exact": sum(j.exact for j in judged) / n,
+            "preferred": sum(j.preferred for j in judged) / n, "format": len(parsed) / n,
+            "mean_abs_error": sum(errors) / len(errors) if errors else None,
+            "counts": {str(k): sizes.count(k) for k in sorted({*data.COUNTS, *sizes})}}
 
 
-def kind(line, prefer):
-    """Which of `plots.KINDS` an answer (ids) is. DPO may choose the "right, preferred" ones."""
-    parsed = data.read(line)
-    if parsed is None:
-        return "does not parse"
-    target, terms = parsed
-    if sum(terms) != target:
-        return "wrong sum"
-    return "right, preferred" if data.prefers(terms, prefer) else "right, other"
+def outcome_shares(lines, prefer):
+    """{outcome: share of the answers} for all of data.OUTCOMES."""
+    outcomes = [data.judge(line, prefer).outcome for line in lines]
+    return {outcome: outcomes.count(outcome) / len(outcomes) for outcome in data.OUTCOMES}
 
 
-def evaluate(model, seed, prefer=3, map_fn=map, answers=ANSWERS, temperature=1.0):
-    """Four rows of metrics: greedy and sampled, on the held-out targets and on all."""
+def evaluate(models, seed=0, prefer=3, answers=ANSWERS, temperature=1.0):
+    """Metrics of {name: model}: four rows each, greedy and sampled, on the held-out targets and on
+    all; a row is a dict that also says `checkpoint`, `mode` and `targets`."""
     rows = []
-    for mode, repeat, heat in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
-        for name, targets in (("held-out", data.HELD_OUT), ("all", data.TARGETS)):
-            repeated = [target for target in targets for _ in range(repeat)]
-            lines = sample(model, repeated, heat, np.random.default_rng(seed), map_fn)
-            rows.append({"mode": mode, "targets": name, **metrics(lines, prefer)})
+    for name, model in models.items():
+        for mode, repeat, heat in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
+            for which, targets in (("held-out", data.HELD_OUT), ("all", data.TARGETS)):
+                repeated = [target for target in targets for _ in range(repeat)]
+                lines = sample(model, repeated, heat, np.random.default_rng(seed))
+                rows.append({"checkpoint": name, "mode": mode, "targets": which,
+                             **metrics(lines, prefer)})
     return rows
 
 
-def table(rows, prefer=3):
-    """Rows of `evaluate`, each with its `checkpoint`, as text; shares of term counts in percent."""
+def table(rows):
+    """Rows of `evaluate` as text; shares of term counts in percent."""
     width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
-    lines = [f"{'checkpoint':{width}}  mode     targets   answers  error  exact  format  preferred"
-             f"   % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
+    lines = [f"{'checkpoint':{width}}  mode     targets   answers   both  exact  preferred  format"
+             f"  error  % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
     for row in rows:
-        error = plots.shortened(row["mean_abs_error"])
+        error = row["mean_abs_error"]
         shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
         lines.append(f"{row['checkpoint']:{width}}  {row['mode']:7}  {row['targets']:8}  "
-                     f"{row['n']:7,}  {error:>5}  {row['exact']:5.3f}  {row['format']:6.3f}  "
-                     f"{row['preferred']:9.3f}          {shares}")
+                     f"{row['n']:7,}  {row['both']:5.3f}  {row['exact']:5.3f}  "
+                     f"{row['preferred']:9.3f}  {row['format']:6.3f}  "
+                     f"{'-' if error is None else format(error, '.2f'):>5}         {shares}")
     return "\n".join(lines)
 
 
-def answers_to(model, prompt, samples, temperature=1.0, seed=0):
-    """The greedy answer to one target, then sampled ones: dicts of mode, answer, sum and right."""
+# Single answers.
+
+def answers_to(model, target, samples, temperature=1.0, seed=0, prefer=3):
+    """The greedy answer to one target, then sampled ones: dicts of mode, answer, sum, outcome."""
     rng = np.random.default_rng(seed)
-    lines = sample(model, [prompt], 0.0, rng) + sample(model, [prompt] * samples, temperature, rng)
+    lines = sample(model, [target], 0.0, rng) + sample(model, [target] * samples, temperature, rng)
     rows = []
     for i, line in enumerate(lines):
-        parsed = data.read(line)
-        total = sum(parsed[1]) if parsed else None
+        judged = data.judge(line, prefer)
         rows.append({"mode": "sampled" if i else "greedy", "answer": data.decode(line),
-                     "sum": total, "right": total == prompt})
+                     "sum": judged.total, "outcome": judged.outcome})
     return rows
 
 
-def shown(row):
-    """One of `answers_to` as text: the answer, its sum, and a mark for right or wrong."""
+def answer_line(row):
+    """One of `answers_to` as text."""
     total = "no sum" if row["sum"] is None else f"sum {row['sum']}"
-    mark = "right" if row["right"] else "wrong"
-    return f"{row['mode']:7}  {row['answer']:{data.MAX_LEN}}  {total:8}  {mark}"
+    return f"{row['mode']:7}  {row['answer']:{data.MAX_LEN}}  {total:8}  {row['outcome']}"
 
 
 def credit(policy, reference, line, beta):
-    """beta (log pi - log pi_ref) of each token of a line's completion: [(token, value), ...].
+    """Where DPO put its credit in an answer (ids): a dict of the line as text, both models'
+    log-probabilities of its completion, and its tokens, [(token, reward), ...].
 
-    Their sum is the line's DPO reward: this is where DPO puts its credit.
+    The reward of a token is beta (log pi - log pi_ref); their sum is the reward of the answer.
     """
-    ids = np.array([line])
+    ids, start = np.array([line]), line.index(data.EQUALS)
     with no_grad():
-        logps, reference_logps = (F.token_log_probs(m(ids[:, :-1]), ids[:, 1:]).numpy()[0]
-                                  for m in (policy, reference))
-    values = beta * (logps - reference_logps)
-    start = line.index(data.EQUALS) + 1
-    return [(data.VOCAB[token], float(value)) for token, value in
-            zip(line[start:], values[start - 1:])]
+        logps, reference_logps = (F.token_log_probs(model(ids[:, :-1]), ids[0, 1:]).numpy()[start:]
+                                  for model in (policy, reference))
+    rewards = beta * (logps - reference_logps)
+    tokens = [data.VOCAB[token] for token in line[start + 1:]]
+    return {"line": data.decode(line), "policy_logp": float(logps.sum()),
+            "reference_logp": float(reference_logps.sum()), "reward": float(rewards.sum()),
+            "tokens": list(zip(tokens, rewards.tolist()))}
 
 
 def load(path):
-    """The model of a checkpoint of this task; UserError with one line if there is none."""
+    """The model of a checkpoint of this task. UserError, one line, if there is none."""
+    again = f"train it again (python sft.py, {cli.SFT_TIME}) or name another file"
     try:
         model = Transformer.load(path)
     except FileNotFoundError:
-        program = "dpo" if path.name == "dpo.npz" else "sft"
-        raise UserError(f"no {program.upper()} checkpoint at {path}; run python {program}.py first"
-                        ) from None
+        raise UserError(f"no checkpoint at {path}; write it with python "
+                        f"{'dpo.py' if 'dpo' in path.name else f'sft.py ({cli.SFT_TIME})'}") from None
     except ValueError as error:
-        raise UserError(f"{error}; train it again, or name another file") from None
+        raise UserError(f"{error}; {again}") from None
     if model.config.vocab_size != len(data.VOCAB):
         raise UserError(f"{path} knows {model.config.vocab_size} tokens, this task has "
                         f"{len(data.VOCAB)}; name a checkpoint of this task")
     return model
 
 
-def show_credit(models, lines, arguments):
-    """Print and draw `credit` for a chosen and a rejected line."""
-    (_, reference), (_, policy) = models
-    if len(lines) == 1:  # the rejected one: what the reference says instead
-        rng, (target, _) = np.random.default_rng(arguments.seed), data.read(lines[0])
-        answers = sample(reference, [target] * ANSWERS, 1.0, rng)
-        lines.append(next((line for line in answers
-                           if kind(line, arguments.prefer) != "right, preferred"), answers[0]))
-    rows = [(data.decode(line), credit(policy, reference, line, arguments.beta)) for line in lines]
-    for text, tokens in rows:
-        print(f"{text}  reward {sum(value for _, value in tokens):+.2f}\n  " +
-              "  ".join(f"{token} {value:+.2f}" for token, value in tokens))
-    out = arguments.checkpoints[1].with_name("tokens.png")
-    plots.credit(rows, arguments.beta, out)
-    print(f"wrote {out}")
+def save(model, path):
+    """Write the checkpoint. UserError for weights that are not finite."""
+    try:
+        model.save(path)
+    except ValueError as error:
+        raise UserError(f"{error}; try a lower --lr") from None
 
 
-def main(arguments):
-    """Print the metrics of every checkpoint, its answers to a prompt, or its credit by token."""
-    if arguments.tokens and len(arguments.checkpoints) != 2:
-        raise UserError("--tokens compares two checkpoints, reference first; name both or none")
-    models = [(str(path), load(path)) for path in arguments.checkpoints]
+# The program.
+
+def sum_line(text):
+    """An argument such as 100=10+70+20."""
+    parsed = data.parse(text)
+    if not parsed or len(text) >= data.MAX_LEN or parsed[0] not in data.TARGETS:
+        raise argparse.ArgumentTypeError(f"must be a line such as 100=10+70+20, not {text[:50]!r}")
+    return text
+
+
+def parse_arguments(argv=None):
+    parser = cli.Parser(__doc__)
+    # Set here, or --help would show them twice.
+    parser.set_defaults(checkpoints=[Path("runs/sft.npz"), Path("runs/dpo.npz")], prompt=None,
+                        samples=None, tokens=None)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=argparse.SUPPRESS,
+        help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
+    add("--prompt", type=cli.target, metavar="TARGET", default=argparse.SUPPRESS,
+        help="answer this target, 5 to 100, instead of measuring")
+    add("--samples", type=cli.count, default=argparse.SUPPRESS,
+        help="answers sampled for each target (default: 50, or 5 with --prompt)")
+    add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
+    add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
+    add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
+        help="show the reward of this line, 100=10+70+20, token by token, and of another: a second "
+             "one given here, or one that the reference answers and the preference rejects; "
+             "tokens.png goes beside the second checkpoint; name checkpoints before this flag")
+    add("--beta", type=cli.positive, default=0.8, help="for --tokens")
+    add("--seed", type=cli.seed, default=0, help="of the sampled answers")
+    add("--json", action="store_true", help="print metrics, answers or credit as JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.tokens and (len(arguments.tokens) > 2 or len(arguments.checkpoints) != 2):
+        parser.error("--tokens takes one or two lines and compares two checkpoints, reference first")
+    return arguments
+
+
+def main(argv=None):
+    """Print what was asked for."""
+    arguments = parse_arguments(argv)
+    models = {str(path): load(path) for path in arguments.checkpoints}
     if arguments.tokens:
-        lines = [data.encode(text) + [data.END] for text in arguments.tokens]
-        return show_credit(models, lines, arguments)
-    samples, temperature, rows = arguments.samples, arguments.temperature, []
-    with parallel_map(arguments.threads) as map_fn:
-        for path, model in models:
-            if arguments.prompt is None:
-                found = evaluate(model, arguments.seed, arguments.prefer, map_fn,
-                                 samples or ANSWERS, temperature)
-            else:
-                found = answers_to(model, arguments.prompt, samples or 5, temperature,
-                                   arguments.seed)
-            rows += [{"checkpoint": path, **row} for row in found]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
+        rows, text = credit_rows(*models.values(), arguments)
     elif arguments.prompt is None:
-        print(table(rows, arguments.prefer))
+        rows = evaluate(models, arguments.seed, arguments.prefer, arguments.samples or ANSWERS,
+                        arguments.temperature)
+        text = table(rows)
     else:
-        width = max(len(path) for path, _ in models)
-        print("\n".join(f"{row['checkpoint']:{width}}  {shown(row)}" for row in rows))
+        rows = [{"checkpoint": name, **row} for name, model in models.items() for row in
+                answers_to(model, arguments.prompt, arguments.samples or 5, arguments.temperature,
+                           arguments.seed, arguments.prefer)]
+        width = max(map(len, models))
+        text = "\n".join(f"{row['checkpoint']:{width}}  {answer_line(row)}" for row in rows)
+    print(json.dumps(rows, indent=2) if arguments.json else text)
+
+
+def credit_rows(reference, policy, arguments):
+    """`credit` of the lines that were asked for: as dicts, as text, and drawn."""
+    lines = [data.encode(text) + [data.END] for text in arguments.tokens]
+    if len(lines) == 1:  # the rejected one: what the reference says instead
+        rng, target = np.random.default_rng(arguments.seed), data.judge(lines[0]).target
+        answers = sample(reference, [target] * ANSWERS, 1.0, rng)
+        lines.append(next((line for line in answers if data.judge(line, arguments.prefer).outcome
+                           != "right, preferred"), answers[0]))
+    picture = arguments.checkpoints[1].with_name("tokens.png")
+    cli.outputs(picture)
+    rows = [credit(policy, reference, line, arguments.beta) for line in lines]
+    import plots
+    plots.credit(rows, picture)
+    text = [f"{row['line']}  reward {row['reward']:+.2f}\n  " +
+            "  ".join(f"{token} {value:+.2f}" for token, value in row["tokens"]) for row in rows]
+    return rows, "\n".join([*text, f"wrote {picture}"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,12 +1,16 @@
 """Every picture. Drawn on white, so that they read the same on light and on dark pages."""
+import math
+
 from matplotlib.figure import Figure
+import numpy as np
 
 import data
-from transformer import atomic_write
+from cli import atomic_write
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#e08214", "#3a923a", "#c03d3e", "#8c8c8c"
-KINDS = {"right, preferred": GREEN, "right, other": BLUE,  # of answers, with their colours
-         "wrong sum": RED, "does not parse": GREY}
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+OUTCOME_COLOURS = dict(zip(data.OUTCOMES, (GREEN, BLUE, RED, GREY)))
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
 def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
@@ -20,11 +24,10 @@ def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
     return figure, grid
 
 
-def shortened(error, digits=2):
-    """A mean error as text, "-" for none: one run-on answer can give it a dozen digits."""
-    if error is None:
-        return "-"
-    return f"{error:.{digits}f}" if error < 1000 else f"{error:.0e}"
+def legend_below(ax, columns=2):
+    """Under the axes, where it cannot hide data."""
+    ax.legend(frameon=False, fontsize=9, ncols=columns, loc="upper center",
+              bbox_to_anchor=(0.5, -0.16))
 
 
 def save(figure, path):
@@ -32,79 +35,113 @@ def save(figure, path):
         figure.savefig(file, format="png")
 
 
+def smoothed(values, window):
+    """Means of `window` values around each; of fewer near the ends."""
+    sums = np.cumsum([0.0, *values])
+    at = np.arange(len(values))
+    start = np.maximum(at - window // 2, 0)
+    end = np.minimum(at + window // 2 + 1, len(values))
+    return (sums[end] - sums[start]) / (end - start)
+
+
 def sft_loss(losses, path):
-    """The SFT loss over steps, in means of a two-hundredth of the run each."""
-    window = max(1, len(losses) // 200)
-    starts = range(0, len(losses) - window + 1, window)
+    """The SFT loss over steps."""
     figure, (ax,) = axes()
-    ax.plot([start + window / 2 for start in starts],
-            [sum(losses[start:start + window]) / window for start in starts], color=BLUE)
-    ax.set(xlabel="step", ylabel="loss (nats per completion token)", title="SFT")
+    steps = range(1, len(losses) + 1)
+    ax.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.5)
+    ax.plot(steps, smoothed(losses, max(1, len(losses) // 100)), color=BLUE)
+    ax.set(xlabel="step", ylabel="loss (nats per completion token)",
+           title="SFT: the loss falls to what chance leaves")
     save(figure, path)
 
 
 def distribution(rows, path, prefer=3):
     """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
-    figure, grid = axes(1, len(rows), size=(5.4 * len(rows), 3.6), sharey=True)
-    for ax, row in zip(grid, rows):
-        bars = ax.bar([str(k) for k in data.COUNTS],
+    figure, grid = axes(1, len(rows), size=(5 * len(rows), 3.6), sharey=True)
+    for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
+        bars = ax.bar([NUMBERS[k] for k in data.COUNTS],
                       [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS],
                       color=[ORANGE if k == prefer else BLUE for k in data.COUNTS])
         ax.bar_label(bars, fmt="%.0f %%")
-        ax.set(xlabel="number of terms", ylim=(0, 108))
-        ax.set_title(f"{row['checkpoint']}: mean error {shortened(row['mean_abs_error'])}, exact "
-                     f"{100 * row['exact']:.1f} %, format {100 * row['format']:.1f} %", fontsize=10)
+        ax.set(xlabel="terms in the answer", ylim=(0, 108),
+               title=f"after {name}: {100 * row['exact']:.0f} % of the sums are right")
     grid[0].set_ylabel("answers to held-out targets (%)")
     save(figure, path)
 
 
-def lines(ax, history, names, title):
-    """Columns of a DPO run's log over its rounds: names is {column: colour}."""
-    rows = [row for row in history if row["pairs"]]
-    for name, colour in names.items():
-        ax.plot([row["round"] for row in rows], [row[name] for row in rows], color=colour,
-                label=name, linewidth=1)
-    ax.set(title=title, xlabel="round")
-    if len(names) > 1:
-        ax.legend(frameon=False, fontsize=8)
+def curves(ax, history, names, window=25):
+    """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: raw and smoothed on the
+    training pairs, dashed on the held-out ones."""
+    trained = [row for row in history if row["pairs"]]
+    if "rewards/accuracies" in names:
+        trained = [row for row in trained if row["round"] > 1]  # policy is reference: all are ties
+    held_out = [row for row in history if "eval_loss" in row and (
+        row["round"] or "rewards/accuracies" not in names)]
+    for name, (colour, label) in names.items():
+        rounds, values = [row["round"] for row in trained], [row[name] for row in trained]
+        ax.plot(rounds, values, color=colour, alpha=0.2, linewidth=0.6)
+        ax.plot(rounds, smoothed(values, window), color=colour, label=f"{label}training pairs")
+        ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out],
+                "--", color="black" if len(names) == 1 else colour, linewidth=1.5,
+                label=f"{label}held-out pairs")
+    ax.set(xlabel="round")
+    legend_below(ax)
 
 
-def answer_kinds(ax, history, title="answers to held-out targets"):
-    """Shares of the four kinds of answers, stacked, over the rounds of a DPO run."""
-    measured = [row for row in history if "masses" in row]
-    shares = [[row["masses"][kind] for row in measured] for kind in KINDS]
-    ax.stackplot([row["round"] for row in measured], shares, labels=KINDS, colors=KINDS.values())
-    ax.set(title=title, xlabel="round", ylim=(0, 1))
-    ax.legend(fontsize=8, loc="lower right")
+def stacked_outcomes(ax, history, title="what the policy answers to held-out targets"):
+    """Shares of the outcomes of answers, stacked, over the rounds of a DPO run."""
+    rows = [row for row in history if "shares" in row]
+    shares = [[100 * row["shares"][outcome] for row in rows] for outcome in OUTCOME_COLOURS]
+    ax.stackplot([row["round"] for row in rows], shares, labels=OUTCOME_COLOURS,
+                 colors=OUTCOME_COLOURS.values())
+    ax.set(title=title, xlabel="round", ylabel="share of answers (%)", ylim=(0, 100))
+    legend_below(ax)
 
 
 def dpo_training(history, path):
-    """Loss, rewards, accuracy, log-probabilities, pairs and answers over the rounds of a run."""
-    figure, grid = axes(2, 3, size=(13, 6.5))
-    lines(grid[0], history, {"loss": BLUE}, "loss")
-    lines(grid[1], history, {"rewards/chosen": GREEN, "rewards/rejected": RED,
-                             "rewards/margins": GREY}, "rewards")
-    lines(grid[2], history, {"rewards/accuracies": BLUE}, "accuracy: chosen reward above rejected")
-    lines(grid[3], history, {"logps/chosen": GREEN, "logps/rejected": RED},
-          "log-probability of a completion")
-    lines(grid[4], history, {"pairs": BLUE}, "pairs")
-    answer_kinds(grid[5], history)
+    """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
+    figure, grid = axes(2, 3, size=(14, 8.4))
+    loss, accuracy, margin, rewards, outcomes, pairs = grid
+    curves(loss, history, {"loss": (BLUE, "")})
+    loss.axhline(math.log(2), color=GREY, linewidth=1)
+    loss.annotate("ln 2: policy = reference", (0.98, math.log(2)), (0, 4), color="#555555",
+                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+    loss.set(title="loss: down from ln 2", ylabel="loss (nats per pair)", ylim=(0, None))
+    curves(accuracy, history, {"rewards/accuracies": (BLUE, "")})
+    accuracy.set(title="accuracy: chosen reward above rejected", ylabel="share of pairs", ylim=(0, 1.02))
+    curves(margin, history, {"rewards/margins": (BLUE, "")})
+    margin.set(title="margin: chosen minus rejected reward", ylabel="beta x nats")
+    curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "),
+                              "rewards/rejected": (RED, "rejected, ")})
+    rewards.axhline(0, color=GREY, linewidth=1)
+    rewards.set(title="rewards: beta log(policy / reference)", ylabel="beta x nats")
+    stacked_outcomes(outcomes, history)
+    rows = [row for row in history if row["round"]]
+    pairs.plot([row["round"] for row in rows], [row["pairs"] for row in rows], color=BLUE,
+               linewidth=0.8)
+    pairs.set(title="pairs: fewer, as mistakes become rare", xlabel="round", ylabel="pairs in a round",
+              ylim=(0, None))
     save(figure, path)
 
 
-def credit(rows, beta, path):
-    """[(title, tokens), ...]: completions by token, coloured by beta (log pi - log pi_ref)."""
-    figure, grid = axes(len(rows), 1, size=(9, 1.5 * len(rows) + 0.3))
-    scale = max(abs(value) for _, tokens in rows for _, value in tokens) or 1.0
-    for ax, (title, tokens) in zip(grid, rows):
-        values = [[value for _, value in tokens]]
-        image = ax.imshow(values, cmap="PiYG", vmin=-scale, vmax=scale, aspect="auto")
-        for i, (token, value) in enumerate(tokens):
-            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=10,
+def credit(rows, path):
+    """Dicts of `eval.credit`: each completion by token, coloured by its share of the reward."""
+    figure, grid = axes(len(rows), 1, size=(9, 1.7 * len(rows) + 0.5))
+    scale = max(abs(value) for row in rows for _, value in row["tokens"]) or 1.0
+    for ax, row in zip(grid, rows):
+        image = ax.imshow([[value for _, value in row["tokens"]]], cmap="PuOr_r", vmin=-scale,
+                          vmax=scale, aspect="auto")
+        for i, (token, value) in enumerate(row["tokens"]):
+            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
-        ax.set_title(f"{title}   reward {sum(values[0]):+.1f}", fontsize=10, loc="left")
-    figure.colorbar(image, ax=list(grid), label=f"{beta:g} (log pi - log pi_ref)")
+        before, after = (math.exp(row[name]) for name in ("reference_logp", "policy_logp"))
+        ax.set_title(f"{row['line']}:  reference {before:.2g}, policy {after:.2g},  "
+                     f"reward {row['reward']:+.1f}", fontsize=11, loc="left")
+    figure.colorbar(image, ax=list(grid), label="reward of a token")
+    if len(rows) > 1:
+        figure.suptitle(f"DPO's credit, token by token: the margin is "
+                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
     save(figure, path)

@@ -1,35 +1,36 @@
 """SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
-if __name__ == "__main__":  # flags first: --help and mistakes are answered before NumPy loads
-    import cli
-    raise SystemExit(cli.main("sft"))
-
 import math
-from functools import partial
+from pathlib import Path
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, parallel_map, value_and_grad
+from tinygrad_lite import Adam, World, clip_grad_norm, cosine_schedule, launch, no_grad
 import numpy as np
 
+import cli
 import data
 import eval as evaluation
-import plots
 from cli import Progress, UserError
-from transformer import Config, Transformer, write_json
+from transformer import Config, Transformer
 
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
+POOL = 100_000  # different lines to train on; making new ones for every step would cost a fifth of it
 
+
+# The objective.
 
 def completion_logps(model, ids):
     """log p(completion | prompt) of each line: int (B, T) -> (B,).
 
     The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
     """
-    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:])  # (B, T - 1), of the next token
+    batch, length = len(ids), ids.shape[1] - 1
+    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())  # of the next token
+    token_logps = token_logps.reshape(batch, length)
     return (token_logps * data.completion_mask(ids)[:, 1:]).sum(axis=1)
 
 
 def sft_loss(model, ids, n_tokens=None):
-    """- mean over completion tokens of log p(token | prefix): int (B, T) -> scalar Tensor.
+    """- mean over completion tokens of log p(token | tokens before it): int (B, T) -> scalar.
 
     A shard of a larger batch passes the number of completion tokens of the whole batch, `n_tokens`:
     the losses of the shards then add up to that of the batch.
@@ -37,55 +38,120 @@ def sft_loss(model, ids, n_tokens=None):
     return -completion_logps(model, ids).sum() / (n_tokens or data.completion_mask(ids).sum())
 
 
-def train(model, steps, batch_size, lr, rng, map_fn=map):
-    """The SFT loop: trains `model` in place, yields (step, loss, learning rate) after each step.
+def excess_nats(model, targets, rng, n=4000):
+    """How much less likely the model makes lines of these targets than the rule that makes them, in
+    nats a line, mean over n lines: KL(rule || model), 0 for a perfect model.
 
-    Raises UserError if the loss is no longer finite.
+    The rule draws one of four counts k, then one of C(m - 1, k - 1) splits of the target m.
+    """
+    lines = data.random_lines(n, rng, targets)
+    excess = 0.0
+    for ids in data.by_length(lines, SHARD):
+        with no_grad():
+            logps = completion_logps(model, ids).numpy()
+        for line, logp in zip(ids, logps):
+            target, terms = data.parse(data.decode(line))
+            excess -= math.log(4 * math.comb(target - 1, len(terms) - 1)) + logp
+    return excess / n
+
+
+# Training.
+
+def train(model, batches, steps, lr, world=World()):
+    """The SFT loop, in every process of `world`: trains `model` in place on lines (B, T).
+
+    `batches` yields the same in every process. Yields the loss of each step. Raises UserError when
+    it is no longer finite.
     """
     parameters = model.parameters()
     # Without weight decay some targets that were never trained on stay wrong for good.
     optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
-    for step in range(steps):
-        ids = data.random_lines(batch_size, rng)  # (B, T)
-        n_tokens = int(data.completion_mask(ids).sum())
-        shards = [shard for (shard,) in data.by_length(ids, size=SHARD)]
-        loss_fn = partial(sft_loss, model, n_tokens=n_tokens)
-        loss = math.fsum(value_and_grad(loss_fn, parameters, shards, map_fn))
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {step + 1}; try a lower --lr")
+    for step, ids in zip(range(steps), batches):
+        n_tokens, batch_loss = data.completion_mask(ids).sum(), 0.0
+        for shard in world.share(data.by_length(ids, SHARD)):
+            loss = sft_loss(model, shard, n_tokens)
+            loss.backward()
+            batch_loss += loss.item()
+        world.all_reduce_gradients(parameters)
+        batch_loss = float(world.all_reduce(batch_loss))
+        if not math.isfinite(batch_loss):
+            raise UserError(f"the loss became {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
         optimizer.step()
-        yield step + 1, loss, optimizer.lr
+        optimizer.zero_grad()
+        yield batch_loss
 
 
-def main(arguments):
-    """Train from scratch, show metrics and some answers, write checkpoint, facts and pictures."""
-    out, steps, batch_size = arguments.out, arguments.steps, arguments.batch_size
+def random_batches(size, rng):
+    """Batches of lines (size, T), drawn from POOL lines that are made before the first."""
+    lines = data.random_lines(POOL, rng)
+    while True:
+        yield lines[rng.integers(0, POOL, size)]
+
+
+def train_new_model(world, config, arguments):
+    """What every process runs: a new model, trained. Returns it, the losses and the seconds."""
+    model, losses = Transformer(config, arguments.seed), []
+    if world.rank == 0:
+        print(f"{sum(p.size for p in model.parameters()):,} parameters", flush=True)
+    rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
+    batches, progress = random_batches(arguments.batch_size, rng), Progress(arguments.steps, "step")
+    for loss in train(model, batches, arguments.steps, arguments.lr, world):
+        losses.append(loss)
+        if world.rank == 0:
+            speed = len(losses) * arguments.batch_size / progress.seconds()
+            progress.show(len(losses), f"loss {loss:.3f}  {speed:,.0f} lines/s")
+    return model, losses, progress.seconds()
+
+
+# The program.
+
+def parse_arguments(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=cli.count, default=10_000, help="training steps")
+    add("--batch-size", type=cli.count, default=128, help="lines in a step")
+    add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
+    add("--d-model", type=cli.count, default=32, help="width of the residual stream")
+    add("--n-layers", type=cli.count, default=3, help="number of blocks")
+    add("--n-heads", type=cli.count, default=4, help="attention heads; 2 n_heads divides d_model")
+    add("--d-hidden", type=cli.count, default=64, help="hidden width of the MLP")
+    add("--seed", type=cli.seed, default=0, help="of weights and lines; same seed, same run")
+    add("--processes", type=cli.processes, default=2, help="processes that share each batch")
+    add("--out", type=cli.checkpoint_path, default=Path("runs/sft.npz"),
+        help="the checkpoint to write; a .json and pictures go beside it")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Train from scratch; write checkpoint, log and pictures; print metrics and some answers."""
+    arguments = parse_arguments(argv)
+    out = arguments.out
+    log, loss_picture, terms_picture = cli.outputs(out, ".json", "-loss.png", "-dist.png")
     try:
         config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                         arguments.d_hidden, data.MAX_LEN)
     except ValueError as error:
         raise UserError(error) from None
-    model = Transformer(config, arguments.seed)
-    size = sum(p.size for p in model.parameters())
-    print(f"{size:,} parameters, {steps * batch_size:,} lines to learn from")
-    rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
-    with parallel_map(arguments.threads) as map_fn:
-        progress, losses = Progress(steps, "step"), []
-        for step, loss, lr in train(model, steps, batch_size, arguments.lr, rng, map_fn):
-            losses.append(loss)
-            speed = step * batch_size / progress.seconds()
-            progress.show(step, f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} lines/s")
-        seconds = progress.seconds()
-        rows = [{"checkpoint": str(out), **row} for row in
-                evaluation.evaluate(model, seed=0, map_fn=map_fn)]
-    model.save(out)
-    write_json(out.with_suffix(".json"), {"settings": vars(arguments), "seconds": seconds,
-                                          "history": {"loss": losses}, "metrics": rows})
-    plots.sft_loss(losses, out.with_name(f"{out.stem}-loss.png"))
-    plots.distribution(rows, out.with_name(f"{out.stem}-dist.png"))
+    model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
+
+    evaluation.save(model, out)
+    import plots  # here, so that --help need not wait for matplotlib
+    rows = evaluation.evaluate({str(out): model})
+    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds,
+                         "history": {"loss": losses}, "metrics": rows})
+    plots.sft_loss(losses, loss_picture)
+    plots.distribution(rows, terms_picture)
     print(f"\n{evaluation.table(rows)}\n")
+    rng = np.random.default_rng(0)
+    print("short of the rule that makes the lines by {:.2f} nats a line on trained targets, {:.2f} on "
+          "held-out\n".format(*(excess_nats(model, targets, rng) for targets in
+                                (data.TRAINING, data.HELD_OUT))))
     for target in evaluation.EXAMPLES:
-        print(evaluation.shown(evaluation.answers_to(model, target, 0)[0]))
+        print(evaluation.answer_line(evaluation.answers_to(model, target, 0)[0]))
     print(f"\nwrote {out}; next: python dpo.py --beta 0.8 --sft {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,15 +1,14 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
 import dataclasses
 import json
-import os
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
+import numbers
+import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
 
 import data
+from cli import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +23,33 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            object.__setattr__(self, name, int(value))  # a NumPy integer is no JSON
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
                              f"{2 * self.n_heads}; rotary positions turn pairs of features")
 
 
+def parameter_shapes(config):
+    """{name: shape} of every parameter, in the order of a checkpoint.
+
+    Matrices are (outputs, inputs), used as W @ x; qkv = [q; k; v] and gate_up = [gate; up] lie one
+    below the other. RMSNorm's eps is 1e-6, the rotary base 10,000: the defaults of `functional`.
+    """
+    d, f, v = config.d_model, config.d_hidden, config.vocab_size
+    block = {"attention_norm": (d,), "qkv": (3 * d, d), "attention_out": (d, d),
+             "mlp_norm": (d,), "gate_up": (2 * f, d), "down": (d, f)}
+    blocks = {f"blocks.{i}.{name}": shape
+              for i in range(config.n_layers) for name, shape in block.items()}
+    return {"embedding": (d, v), **blocks, "norm": (d,), "head": (v, d)}
+
+
 class Transformer:
     """x += attention(norm(x)); x += mlp(norm(x)) in each block, logits = head(norm(x)).
 
-    Llama's: RMSNorm, rotary positions, SwiGLU, no biases, an untied head.
+    Llama's: RMSNorm, rotary positions, SwiGLU, no biases, an untied head. A norm's learned scale
+    multiplies the columns of the matrix that follows it: W (s x) = (W s) x.
     """
 
     def __init__(self, config, seed=0):
@@ -47,7 +62,7 @@ class Transformer:
             else:
                 # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
                 # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
-                std = 1.0 if name == "embedding" else shape[0] ** -0.5
+                std = 1.0 if name == "embedding" else shape[1] ** -0.5
                 if name.endswith(("attention_out", "down")):
                     std /= (2 * config.n_layers) ** 0.5
                 array = rng.normal(0, std, shape).astype(np.float32)
@@ -60,27 +75,32 @@ class Transformer:
     def parameters(self):
         return list(self._parameters.values())
 
-    def __call__(self, ids, caches=None):
-        """Logits of the next token at every position: int (B, T) -> (B, T, V).
+    def __call__(self, ids):
+        """Logits of the next token at every position: int (B, T) -> (V, B T), line after line.
 
-        `caches`, one KeyValueCache a layer, stand for the positions before these ids. Raises
-        ValueError for ids that are not integers (B, T) within the vocabulary.
+        Raises ValueError for ids that are not integers (B, T) within the vocabulary.
         """
-        ids, config, p = np.asarray(ids), self.config, self._parameters
+        ids, config = np.asarray(ids), self.config
         if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
                 and 0 <= ids.min() and ids.max() < config.vocab_size):
             raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}, "
                              f"not {ids.dtype} {ids.shape}")
-        x = F.embedding(p["embedding"], ids)  # (B, T, D)
-        for i in range(config.n_layers):
-            block = f"blocks.{i}."
-            h = F.norm_linear(x, p[block + "attention_norm"], p[block + "qkv"])
-            h = (F.cached_attention(h, config.n_heads, caches[i]) if caches else
-                 F.causal_attention(h, config.n_heads))
-            x = x + F.linear(h, p[block + "attention_out"])
-            h = F.swiglu(F.norm_linear(x, p[block + "mlp_norm"], p[block + "gate_up"]))  # (B, T, F)
-            x = x + F.linear(h, p[block + "down"])
-        return F.linear(F.rms_norm(x, p["norm"]), p["head"])
+        return self._logits(ids.ravel(), lambda qkv, layer: F.causal_attention(
+            qkv, config.n_heads, batch=len(ids)))
+
+    def _logits(self, ids, attention):
+        """int (N,) -> (V, N), with attention(qkv, layer), (3D, N) -> (D, N)."""
+        p = self._parameters
+        x = F.embedding(p["embedding"], ids)  # (D, N)
+        for i in range(self.config.n_layers):
+            attention_norm, qkv, attention_out, mlp_norm, gate_up, down = (
+                p[f"blocks.{i}.{name}"] for name in
+                ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "down"))
+            h = attention((qkv * attention_norm) @ F.rms_norm(x), i)  # (D, N)
+            x = x + attention_out @ h
+            h = F.swiglu((gate_up * mlp_norm) @ F.rms_norm(x))  # (F, N)
+            x = x + down @ h
+        return (p["head"] * p["norm"]) @ F.rms_norm(x)
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=data.END):
         """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
@@ -93,116 +113,108 @@ class Transformer:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
-        lengths = np.array([len(ids) for ids in prompts])
-        if lengths.min() < 1:
+        if min(map(len, prompts)) < 1:
             raise ValueError("a prompt needs at least one token")
-        total = lengths.max() + max_new_tokens
-        text = np.pad(data.pad(prompts), [(0, 0), (0, max_new_tokens)])  # (B, total)
-        stops = lengths + max_new_tokens  # (B,): lowered to where a row ends
-        caches = [F.KeyValueCache(total) for _ in range(self.config.n_layers)]
-        live, fed = np.arange(len(prompts)), 0  # the rows still going; the columns in the caches
-        for column in range(lengths.min(), total):
-            with no_grad():
-                logits = self(text[live, fed:column], caches).data[:, -1]  # (live, V)
-            fed = column
-            writing = column >= lengths[live]
-            new = _choose(logits, temperature, rng)
-            text[live[writing], column] = new[writing]
-            stops[live[writing & (new == end)]] = column + 1
-            going = stops[live] > column + 1
-            if not going.any():
+        prompt_lengths = np.array([len(ids) for ids in prompts])
+        stops = prompt_lengths + max_new_tokens  # (B,): lowered to where a row ends
+        text = data.pad(prompts, stops.max())  # (B, total)
+        caches = self._caches(len(prompts), stops.max())  # (L, 2, total, H, d, B)
+        going = np.arange(len(prompts))  # the rows that are not finished
+        for column in range(stops.max() - 1):
+            new = _choose(self._next_logits(text[going, column], caches, column), temperature, rng)
+            writing = column + 1 >= prompt_lengths[going]
+            text[going[writing], column + 1] = new[writing]
+            stops[going[writing & (new == end)]] = column + 2
+            keep = stops[going] > column + 2
+            if not keep.any():
                 break
-            if not going.all():  # finished rows leave the batch
-                live = live[going]
-                for cache in caches:
-                    cache.keep(going)
-        return [row[length:stop].tolist() for row, length, stop in zip(text, lengths, stops)]
+            if not keep.all():  # finished rows leave the batch
+                going, caches = going[keep], caches[..., keep]
+        return [row[start:stop].tolist() for row, start, stop in zip(text, prompt_lengths, stops)]
+
+    def _caches(self, batch, length):
+        """Room for the keys and values of every layer."""
+        c = self.config
+        shape = c.n_layers, 2, length, c.n_heads, c.d_model // c.n_heads, batch
+        return np.empty(shape, self._parameters["head"].dtype)
+
+    def _next_logits(self, ids, caches, position):
+        """Logits (V, B) of one more token, int (B,), after those whose keys are in `caches`."""
+        with no_grad():
+            return self._logits(ids, lambda qkv, layer: F.cached_attention(
+                qkv, self.config.n_heads, *caches[layer], position)).data
 
     def save(self, path):
-        """Write weights and config as .npz; an earlier file stays whole until the new one is."""
+        """Write weights and config as .npz; what is there stays until the new file is complete.
+
+        Raises ValueError, and writes nothing, for weights that are not finite.
+        """
         arrays = {name: parameter.data for name, parameter in self._parameters.items()}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"{path}: not saved, some weights are infinite or NaN")
         with atomic_write(path) as file:
             np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint. Raises FileNotFoundError, or ValueError for a damaged file."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint at {path}")
-        try:
-            with np.load(path, allow_pickle=False) as archive:  # a pickle could run code
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-            raise ValueError(f"{path} is not a whole checkpoint") from error
-        try:
-            fields = json.loads(arrays.pop("config").item())
-            config = Config(**{f.name: fields[f.name] for f in dataclasses.fields(Config)})
-        except Exception as error:  # it may hold anything
-            raise ValueError(f"{path} has no valid config ({error})") from error
-        # Compared before anything of the sizes in `config` is allocated: they may be damaged, too.
-        if 6 * config.n_layers + 3 != len(arrays):
-            raise ValueError(f"{path} holds {len(arrays)} arrays, not those of its config")
-        for name, shape in parameter_shapes(config).items():
-            array = arrays.get(name)
-            if array is None or array.shape != shape or array.dtype.kind != "f":
-                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                raise ValueError(f"{path}: {name} should be float32 {shape}, found {found}")
-            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
-                arrays[name] = array.astype(np.float32)
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"{path}: {name} holds NaN or infinity")
-        model = cls(config)
-        for name, parameter in model._parameters.items():
-            parameter.data = arrays[name]
+        """The model of a checkpoint. Raises OSError for a file that cannot be read, ValueError for
+        one that is no checkpoint of this edition."""
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{path} is no checkpoint, or damaged")
+            file.seek(0)
+            try:
+                with np.load(file, allow_pickle=False) as archive:  # a pickle could run code
+                    model = cls(_load_config(archive))
+                    for name, parameter in model._parameters.items():
+                        parameter.data = _load_array(archive, name)
+            except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
+                raise ValueError(f"{path} is damaged, or no checkpoint ({error})") from error
         return model
 
 
-def parameter_shapes(config):
-    """{name: shape} of every parameter, in the order of a checkpoint.
+def _load_config(archive):
+    """The Config of a checkpoint, once it fits the number of arrays that are there."""
+    if "config" not in archive.files or archive.zip.getinfo("config.npy").file_size > 10_000:
+        raise ValueError("it has no config")
+    fields = json.loads(archive["config"].item())
+    config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+    if 6 * config.n_layers + 3 != len(archive.files) - 1:  # before a list of them is made
+        raise ValueError(f"it holds {len(archive.files) - 1} arrays, not those of its config")
+    for name, shape in parameter_shapes(config).items():
+        _check_header(archive, name, shape)
+    return config
 
-    Matrices are (inputs, outputs), used as x @ W; qkv = [q | k | v] and gate_up = [gate | up] side
-    by side. RMSNorm's eps is 1e-6, the rotary base 10,000: the defaults of `functional`.
-    """
-    d, f, v = config.d_model, config.d_hidden, config.vocab_size
-    block = {"attention_norm": (d,), "qkv": (d, 3 * d), "attention_out": (d, d),
-             "mlp_norm": (d,), "gate_up": (d, 2 * f), "down": (f, d)}
-    blocks = {f"blocks.{i}.{name}": shape
-              for i in range(config.n_layers) for name, shape in block.items()}
-    return {"embedding": (v, d), **blocks, "norm": (d,), "head": (d, v)}
+
+def _check_header(archive, name, shape):
+    """Raise ValueError unless the array is of `shape` and floating; its numbers are not read yet:
+    a damaged header could ask for any amount of memory."""
+    if name not in archive.files:
+        raise ValueError(f"{name} is missing")
+    with archive.zip.open(f"{name}.npy") as member:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                       (2, 0): np.lib.format.read_array_header_2_0}
+        found, _, dtype = read_header[np.lib.format.read_magic(member)](member)
+    if found == shape[::-1] != shape:
+        raise ValueError(f"it is of the first edition: {name} lies transposed")
+    if found != shape or dtype.kind != "f":
+        raise ValueError(f"{name} should be float32 {shape}, found {dtype} {found}")
+
+
+def _load_array(archive, name):
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+        array = np.ascontiguousarray(archive[name], np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return array
 
 
 def _choose(logits, temperature, rng):
-    """One token id for each row: (B, V) -> (B,)."""
+    """One token id for each column: (V, B) -> (B,)."""
     if not temperature:
-        return logits.argmax(axis=1)
+        return logits.argmax(axis=0)
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is as good
-        scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    cumulative = np.cumsum(np.exp(scaled), axis=1)  # (B, V)
-    draw = rng.random((len(logits), 1)) * cumulative[:, -1:]
-    return (cumulative <= draw).sum(axis=1)
-
-
-@contextmanager
-def atomic_write(path):
-    """A binary file that takes its place at `path` only once it is whole and on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, facts):
-    """`facts` as a JSON file, whole or not at all; paths become text."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(facts, indent=1, default=os.fspath).encode())
+        scaled = (logits - logits.max(axis=0)) / temperature
+    cumulative = np.cumsum(np.exp(scaled), axis=0)  # (V, B)
+    return (cumulative <= rng.random(logits.shape[1]) * cumulative[-1]).sum(axis=0)

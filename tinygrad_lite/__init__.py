@@ -1,14 +1,22 @@
 """A reverse-mode autograd engine on NumPy arrays, with the fused ops a Transformer needs.
 
-The first statement must come before NumPy loads, when OpenBLAS reads its thread count. One BLAS
-thread for each product leaves the cores to `parallel`, which gives each of them whole lines.
+Import it before NumPy: BLAS reads its number of threads when it loads.
 """
+import ctypes
 import os
+import sys
 
+# One BLAS thread a process: `parallel` gives every core whole lines instead.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")  # macOS
+if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
+    # glibc gives freed arrays back to the system, and getting new ones costs 0.7 of a step: keep
+    # 256 MB (M_TRIM_THRESHOLD, -1), also of arrays of up to 32 MB (M_MMAP_THRESHOLD, -3).
+    _libc.mallopt(-1, 2 ** 28)
+    _libc.mallopt(-3, 2 ** 25)
 
 from . import functional  # noqa: E402
 from .gradcheck import gradcheck  # noqa: E402
 from .optim import Adam, clip_grad_norm, cosine_schedule  # noqa: E402
-from .parallel import parallel_map, value_and_grad  # noqa: E402
+from .parallel import ProcessKilled, World, launch  # noqa: E402
 from .tensor import Tensor, no_grad  # noqa: E402

@@ -1,284 +1,184 @@
 """The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
-Shapes are the usual (..., D). In memory, though, results lie features first: a (D, N) matrix with
-one column for each of the N = B T positions. Sums over features, halves of features and factors for
-each position are then long contiguous rows, which NumPy works through several times as fast as
-through short ones. The formulas are in columns, too (y = W^T x), but for attention's, in rows.
+An activation is a matrix with one column for each position: (D, N), N = B T, line after line. The
+formulas are in columns, too. D features, N positions, B lines, T positions a line, H heads of
+width d, V tokens. In each derivation g = dL/dy, L the loss and y what the op returns.
 """
-import math
-from functools import lru_cache
-
 import numpy as np
 
 from .tensor import Tensor
 
 
-def _columns(array):
-    """(..., D) as (D, N): a view of whatever lies features first, else a copy."""
-    return array.transpose(-1, *range(array.ndim - 1)).reshape(array.shape[-1], -1)
-
-
-def _from_columns(columns, shape):
-    """The inverse of `_columns`: (D, N), or D and N cut finer, as a view of the shape (..., D)."""
-    return columns.reshape(shape[-1], *shape[:-1]).transpose(*range(1, len(shape)), 0)
-
-
-def linear(x, weight):
-    """x @ weight: (..., n), (n, m) -> (..., m).
-
-    In columns y = W^T x, so dL/dx = W dL/dy and dL/dW = x (dL/dy)^T.
-    """
-    columns = _columns(x.data)  # (n, N): one large product, not one for each line
-
-    def backward(grad):
-        grad = _columns(grad)  # (m, N)
-        return _from_columns(weight.data @ grad, x.shape), (grad @ columns.T).T
-    out = _from_columns(weight.data.T @ columns, (*x.shape[:-1], weight.shape[1]))
-    return Tensor(out, parents=(x, weight), backward=backward)
-
-
 def embedding(weight, ids):
-    """Row ids[b, t] of weight: (V, D), int (B, T) -> (B, T, D).
+    """Column ids[n] of weight: (D, V), int (N,) -> (D, N).
 
-    As y = W^T onehot, dL/dW = onehot (dL/dy)^T: a product, far faster than scattered additions.
+    As y = W onehot, dL/dW = g onehot^T: a product, far faster than scattered additions.
     """
     def backward(grad):
-        onehot = np.zeros((weight.shape[0], ids.size), weight.dtype)  # (V, N)
-        onehot[ids.ravel(), np.arange(ids.size)] = 1
-        return (onehot @ _columns(grad).T,)
-    out = weight.data.T.take(ids, axis=1)  # (D, B, T)
-    return Tensor(out.transpose(1, 2, 0), parents=(weight,), backward=backward)
+        onehot = np.zeros((ids.size, weight.shape[1]), weight.dtype)  # (N, V)
+        onehot[np.arange(ids.size), ids] = 1
+        return (grad @ onehot,)
+    return Tensor(weight.data.take(ids, axis=1), parents=(weight,), backward=backward)
 
 
-def rms_norm(x, weight, eps=1e-6):
-    """x / rms(x) * weight over the last axis, rms(x) = sqrt(mean(x^2) + eps): (..., D) -> (..., D).
+def rms_norm(x, eps=1e-6):
+    """y = x / rms(x) for each column, rms(x) = sqrt(mean(x^2) + eps): (D, N) -> (D, N).
 
-    Zhang & Sennrich 2019, Eq. 4. Let n = x / rms and g = dL/dy s, where y = n s (s: weight). As
-    d rms / dx_j = x_j / (D rms), dn_i / dx_j = (delta_ij - n_i n_j / D) / rms. Therefore
-        dL/dx = (g - n mean(g n)) / rms        dL/ds = sum over positions of dL/dy n
+    Zhang & Sennrich 2019, Eq. 4, without its learned scale, which belongs to the next matrix:
+    W (s y) = (W s) y. As d rms / dx_j = x_j / (D rms), dy_i / dx_j = (delta_ij - y_i y_j / D) / rms.
+    Therefore dL/dx = (g - y mean(g y)) / rms.
     """
-    scale = weight.data[:, None]  # s: (D, 1)
-    normed, inverse_rms = _normed(_columns(x.data), eps)  # n: (D, N), 1 / rms: (N,)
+    rms = np.sqrt(np.einsum("dn,dn->n", x.data, x.data) / len(x.data) + x.dtype.type(eps))  # (N,)
+    out = x.data / rms
 
     def backward(grad):
-        grad = _columns(grad)
-        grad_x = _normed_backward(grad * scale, normed, inverse_rms)
-        return _from_columns(grad_x, x.shape), np.einsum("dn,dn->d", grad, normed)
-    out = _from_columns(normed * scale, x.shape)
-    return Tensor(out, parents=(x, weight), backward=backward)
-
-
-def norm_linear(x, scale, weight, eps=1e-6):
-    """linear(rms_norm(x, scale), weight) with three passes less over (D, N): (..., D) -> (..., m).
-
-    In columns W^T (s n) = M^T n with M_ij = s_i W_ij: the scale goes into the small matrix. Then
-        dL/dM = n (dL/dy)^T      dL/dW_ij = s_i dL/dM_ij      dL/ds_i = sum over j of W_ij dL/dM_ij
-    and dL/dx is that of rms_norm with g = M dL/dy.
-    """
-    normed, inverse_rms = _normed(_columns(x.data), eps)  # n: (D, N), 1 / rms: (N,)
-    scaled = scale.data[:, None] * weight.data  # M
-
-    def backward(grad):
-        grad = _columns(grad)  # (m, N)
-        grad_scaled = (grad @ normed.T).T
-        grad_x = _normed_backward(scaled @ grad, normed, inverse_rms)
-        return (_from_columns(grad_x, x.shape), (weight.data * grad_scaled).sum(axis=1),
-                scale.data[:, None] * grad_scaled)
-    out = _from_columns(scaled.T @ normed, (*x.shape[:-1], weight.shape[1]))
-    return Tensor(out, parents=(x, scale, weight), backward=backward)
-
-
-def _normed(columns, eps):
-    """x / rms(x) and 1 / rms(x) of columns (D, N)."""
-    inverse_rms = 1 / np.sqrt(np.einsum("dn,dn->n", columns, columns) / len(columns) + eps)
-    return columns * inverse_rms, inverse_rms
-
-
-def _normed_backward(grad, normed, inverse_rms):
-    """From g to (g - n mean(g n)) / rms, in g's array."""
-    grad -= normed * (np.einsum("dn,dn->n", grad, normed) / len(grad))
-    grad *= inverse_rms
-    return grad
+        mean = np.einsum("dn,dn->n", grad, out) / len(out)
+        return ((grad - out * mean) / rms,)
+    return Tensor(out, parents=(x,), backward=backward)
 
 
 def swiglu(gate_up):
-    """silu(gate) * up of the two halves [gate | up] of the last axis: (..., 2F) -> (..., F).
+    """y = silu(gate) * up of the two halves [gate; up]: (2F, N) -> (F, N).
 
-    Shazeer 2020, Eq. 5 without biases; silu(a) = a s, s = sigmoid(a). As ds/da = s (1 - s), and
-    with g = dL/dy,
+    Shazeer 2020, Eq. 5 without biases; silu(a) = a s, s = sigmoid(a). As ds/da = s (1 - s),
         dL/dup = g silu(gate)        dL/dgate = g up (s + silu(gate) (1 - s))
     """
-    gate, up = np.split(_columns(gate_up.data), 2)  # (F, N) each
+    gate, up = np.split(gate_up.data, 2)  # (F, N) each
     sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # is 1 / (1 + exp(-gate)), without its overflow
     silu = gate * sigmoid
 
     def backward(grad):
-        grad, out = _columns(grad), np.empty((2, *gate.shape), gate.dtype)
-        np.multiply(((1 - sigmoid) * silu + sigmoid) * up, grad, out=out[0])
-        np.multiply(grad, silu, out=out[1])
-        return (_from_columns(out, gate_up.shape),)
-    out = _from_columns(silu * up, (*gate_up.shape[:-1], len(up)))
-    return Tensor(out, parents=(gate_up,), backward=backward)
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        return (np.concatenate([grad_gate, grad * silu]),)
+    return Tensor(silu * up, parents=(gate_up,), backward=backward)
 
 
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, finite for finite x.
+    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, no overflow for any x.
 
-    d/dx = sigmoid(-x), and log sigmoid(-x) = log sigmoid(x) - x.
+    d/dx log sigmoid(x) = sigmoid(-x) = exp(log sigmoid(-x)).
     """
-    out = np.minimum(x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
-    return Tensor(out, parents=(x,), backward=lambda grad: (grad * np.exp(out - x.data),))
+    softplus = np.log1p(np.exp(-np.abs(x.data)))  # the same for x and -x
+
+    def backward(grad):
+        return (grad * np.exp(np.minimum(-x.data, 0) - softplus),)
+    return Tensor(np.minimum(x.data, 0) - softplus, parents=(x,), backward=backward)
 
 
 def token_log_probs(logits, targets):
-    """log softmax(logits) at the targets: (B, T, V), int (B, T) -> (B, T).
+    """log softmax(logits) at the targets: (V, N), int (N,) -> (N,).
 
     With logits z and p = softmax(z), log p_k = z_k - log sum_j exp z_j. So
-    d(log p_k)/dz_j = delta_jk - p_j.
+    d(log p_k) / dz_j = delta_jk - p_j. Raises ValueError for targets that are not integers (N,)
+    from 0 to V - 1.
     """
-    columns, at = _columns(logits.data), (targets.ravel(), np.arange(targets.size))  # (V, N)
-    shifted = columns - columns.max(axis=0)
-    probs = np.exp(shifted)
-    total = probs.sum(axis=0)  # (N,)
-    probs /= total
+    targets, (n_tokens, n) = np.asarray(targets), logits.shape
+    if not (targets.shape == (n,) and targets.dtype.kind in "iu"
+            and (n == 0 or 0 <= targets.min() and targets.max() < n_tokens)):
+        raise ValueError(f"targets must be {n} integers from 0 to {n_tokens - 1}, "
+                         f"not {targets.dtype} {targets.shape}")
+    at = targets, np.arange(n)
+    shifted = logits.data - logits.data.max(axis=0)  # (V, N)
+    exp = np.exp(shifted)
+    total = exp.sum(axis=0)  # (N,)
 
     def backward(grad):
-        grad = grad.reshape(-1)  # (N,)
-        grad_logits = probs * -grad
+        grad_logits = exp * (-grad / total)
         grad_logits[at] += grad
-        return (_from_columns(grad_logits, logits.shape),)
-    out = (shifted[at] - np.log(total)).reshape(targets.shape)
-    return Tensor(out, parents=(logits,), backward=backward)
+        return (grad_logits,)
+    return Tensor(shifted[at] - np.log(total), parents=(logits,), backward=backward)
 
 
-def causal_attention(qkv, n_heads, rope_base=10000.0):
-    """Rotary causal attention: (B, T, 3D) = [q | k | v], heads side by side in each -> (B, T, D).
+def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
+    """Rotary causal attention: (3D, N) = [q; k; v], heads one below the other in each -> (D, N).
 
     Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
-    feature i turns with i + d / 2). For one head of width d and j <= i, `*` elementwise:
-        S_ij = (R_i q_i) . (R_j k_j) / sqrt(d)   E = exp(S - max)   s_i = sum_j E_ij   O = E V / s
-    The softmax P = E / s is never formed: E has T columns, O only d. Backward, with G = dL/dO:
-        dL/dV = E^T (G / s)      dL/dP = G V^T      dL/dS = P * (dL/dP - c), c_i = sum_j (P * dL/dP)
-        c_i = sum_j P_ij G_i . v_j = G_i . O_i      so dL/dS = E * ((G / s) V^T - (G / s) . O)
-        dL/d(Rq) = dL/dS (Rk) / sqrt(d)             dL/d(Rk) = dL/dS^T (Rq) / sqrt(d)
-    and R^T = R^-1 turns these back.
+    feature i turns with i + d / 2, as in Llama). For one head and line, Q, K, V (d, T) and `*`
+    elementwise, key j and query i:
+        S_ji = (R_j k_j) . (R_i q_i) / sqrt(d), -inf for j > i     E = exp(S - max)
+        s_i = sum over j of E_ji                                   O = V E / s
+    The softmax P = E / s is never formed: E has T rows, O only d. Backward, with G = (dL/dO) / s:
+        dL/dV = G E^T        dL/dP / s = V^T G        dL/dS = P * (dL/dP - c)
+        c_i = sum over j of P_ji dL/dP_ji = s_i G_i . O_i,     so dL/dS = E * (V^T G - G . O)
+        dL/d(RQ) = (RK) dL/dS / sqrt(d)               dL/d(RK) = (RQ) (dL/dS)^T / sqrt(d)
+    and R^T = R^-1 turns these two back.
     """
-    batch, length, width = qkv.shape  # B, T, 3D
-    head = width // 3 // n_heads  # d
-    heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)  # (3, H, d, B, T)
-    cos, sin = _rope_tables(head, 0, batch, length, rope_base, qkv.dtype)  # q's hold 1 / sqrt(d)
-    rotated = _rotate(heads[:2], cos, sin)
-    q, k, v = (_matrices(x) for x in (*rotated, heads[2]))  # (H, B, T, d) each
-    scores, score_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # S, to become E
-    np.matmul(q, k.swapaxes(-1, -2), out=score_matrices)
-    scores += _causal_mask(length, n_heads * batch, qkv.dtype)
+    length = qkv.shape[1] // batch  # T
+    heads = qkv.data.reshape(3, n_heads, -1, batch, length)  # (3, H, d, B, T)
+    cos, sin = _rotation(heads.shape[2], np.arange(length), rope_base, qkv.dtype)
+    cos, sin = np.tile(cos, batch), np.tile(sin, batch)  # (d/2, B T)
+    scale = qkv.dtype.type(heads.shape[2] ** -0.5)
+    q, k = _rotate(heads[:2], cos, sin)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, heads[2]))  # (H, B, d, T) each
+    scores, exp = _score_arrays(n_heads, batch, length, qkv.dtype)  # two views of S, to become E
+    np.matmul(k.swapaxes(-1, -2), q, out=exp)
+    future = np.tril(np.full((length, length), -np.inf, qkv.dtype), -1)  # (T keys, T queries)
+    scores += np.tile(future, n_heads * batch)
     scores -= scores.max(axis=0)
     np.exp(scores, out=scores)
     total = scores.sum(axis=0).reshape(n_heads, 1, batch, length)  # s
-    out = np.empty((n_heads, head, batch, length), qkv.dtype)
-    np.matmul(score_matrices, v, out=_matrices(out))
+    out = np.empty(heads.shape[1:], qkv.dtype)  # (H, d, B, T)
+    np.matmul(v, exp, out=out.swapaxes(1, 2))
     out /= total
 
     def backward(grad):
-        grad = _columns(grad).reshape(out.shape) / total  # G / s
-        grad_heads, grad_rotated = np.empty_like(heads), np.empty_like(rotated)
-        grad_scores, grad_matrices = _score_arrays(n_heads, batch, length, qkv.dtype)  # dL/dS
-        np.matmul(score_matrices.swapaxes(-1, -2), _matrices(grad), out=_matrices(grad_heads[2]))
-        np.matmul(_matrices(grad), v.swapaxes(-1, -2), out=grad_matrices)
-        grad_scores -= np.einsum("hdbt,hdbt->hbt", grad, out).reshape(-1)
-        grad_scores *= scores
-        np.matmul(grad_matrices, k, out=_matrices(grad_rotated[0]))
-        np.matmul(grad_matrices.swapaxes(-1, -2), q, out=_matrices(grad_rotated[1]))
-        grad_heads[:2] = _rotate(grad_rotated, cos, -sin)
-        return (_from_columns(grad_heads, qkv.shape),)
-    return Tensor(_from_columns(out, (batch, length, -1)), parents=(qkv,), backward=backward)
+        grad = grad.reshape(out.shape) / total  # G
+        dot = np.einsum("hdbt,hdbt->hbt", grad, out).reshape(-1)  # G . O
+        grad, grad_qkv = grad.swapaxes(1, 2), np.empty_like(heads)
+        grad_q, grad_k, grad_v = grad_qkv.swapaxes(2, 3)
+        grad_scores, grad_exp = _score_arrays(n_heads, batch, length, qkv.dtype)
+        np.matmul(grad, exp.swapaxes(-1, -2), out=grad_v)
+        np.matmul(v.swapaxes(-1, -2), grad, out=grad_exp)
+        grad_scores -= dot
+        grad_scores *= scores  # dL/dS
+        np.matmul(k, grad_exp, out=grad_q)
+        np.matmul(q, grad_exp.swapaxes(-1, -2), out=grad_k)
+        grad_q *= scale
+        grad_qkv[:2] = _rotate(grad_qkv[:2], cos, -sin)
+        return (grad_qkv.reshape(qkv.shape),)
+    return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
 
 
-def cached_attention(qkv, n_heads, cache, rope_base=10000.0):
-    """causal_attention for positions that follow those in `cache`, a KeyValueCache, under no_grad.
+def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
+    """causal_attention for the next position of each line, under no_grad: (3D, B) -> (D, B).
 
-    One query at a time. Its scores are one einsum over all lines and heads; as products of matrices
-    they would be a call for each line and head. Raises RuntimeError where a gradient is wanted.
+    `keys` and `values`, (max_len, H, d, B) each, hold those of the positions before; this one's
+    are stored at `position`. Raises RuntimeError where a gradient is wanted.
     """
     if qkv.requires_grad:
         raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
-    batch, length, width = qkv.shape
-    head = width // 3 // n_heads
-    heads = _columns(qkv.data).reshape(3, n_heads, head, batch, length)
-    q, k = _rotate(heads[:2], *_rope_tables(head, cache.length, batch, length, rope_base,
-                                            qkv.dtype))
-    out = np.empty((n_heads, head, batch, length), qkv.dtype)
-    for t in range(length):
-        keys, values = cache.extend(k[..., t], heads[2, ..., t])  # (j, H, d, B): to this position
-        weights = np.einsum("hdb,jhdb->jhb", q[..., t], keys)
-        weights -= weights.max(axis=0)
-        np.exp(weights, out=weights)
-        weights /= weights.sum(axis=0)
-        out[..., t] = np.einsum("jhb,jhdb->hdb", weights, values)
-    return Tensor(_from_columns(out, (batch, length, -1)))
-
-
-def _matrices(x):
-    """(H, d, B, T) as a view (H, B, T, d)."""
-    return x.transpose(0, 2, 3, 1)
+    heads = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (3, H, d, B)
+    cos, sin = _rotation(heads.shape[2], np.array([position]), rope_base, qkv.dtype)  # (d/2, 1)
+    q, keys[position] = _rotate(heads[:2], cos, sin)
+    values[position] = heads[2]
+    keys, values = keys[:position + 1], values[:position + 1]
+    # All lines and heads in one einsum; products of matrices would be one call for each.
+    scores = np.einsum("hdb,jhdb->jhb", q * qkv.dtype.type(heads.shape[2] ** -0.5), keys)
+    exp = np.exp(scores - scores.max(axis=0))
+    out = np.einsum("jhb,jhdb->hdb", exp / exp.sum(axis=0), values)
+    return Tensor(out.reshape(-1, qkv.shape[1]))
 
 
 def _score_arrays(n_heads, batch, length, dtype):
-    """A new array (T keys, H B T queries), and a view of it (H, B, T, T) with the keys last.
+    """A new array (T keys, H B T queries), and a view of it as matrices (H, B, T keys, T queries).
 
-    Softmax then sums whole rows. 16 unused numbers keep these apart: rows at a distance of exactly
-    some 4 kB would push each other out of the processor's cache.
+    Keys come first so that softmax works on whole rows: (H, B, T, T) costs a fifth of a step. The
+    16 unused numbers keep rows from lying a multiple of 4 kB apart, where they would push each
+    other out of the processor's cache: another tenth.
     """
     rows = np.empty((length, n_heads * batch * length + 16), dtype)[:, :-16]
-    return rows, rows.reshape(length, n_heads, batch, length).transpose(1, 2, 3, 0)
+    return rows, rows.reshape(length, n_heads, batch, length).transpose(1, 2, 0, 3)
 
 
-@lru_cache(maxsize=64)
-def _causal_mask(length, times, dtype):
-    """-inf where key j lies after query i, j > i, else 0, side by side: (T, times T)."""
-    return np.tile(np.tril(np.full((length, length), -np.inf, dtype), -1), times)
-
-
-@lru_cache(maxsize=64)
-def _rope_tables(head, past, batch, length, base, dtype):
-    """cos and sin of position * base^(-2i / d) in row i, for every position: (2, 1, d/2, B T) each.
-
-    The first of the two, for q, is divided by sqrt(d): it costs nothing here.
-    """
-    frequencies = base ** (-np.arange(0, head, 2) / head)
-    angle = frequencies[:, None] * np.arange(past, past + length)  # (d/2, T)
-    scale = np.array([1 / math.sqrt(head), 1.0]).reshape(2, 1, 1, 1)
-    return [np.tile((scale * table).astype(dtype), batch)
-            for table in (np.cos(angle), np.sin(angle))]
+def _rotation(head, positions, base, dtype):
+    """cos and sin of position * base^(-2i / d) in row i: (d/2, len(positions)) each."""
+    angle = base ** (-np.arange(0, head, 2) / head)[:, None] * positions
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 def _rotate(x, cos, sin):
-    """Halves (a, b) of each head become (a cos - b sin, b cos + a sin): (2, H, d, B, T) -> same."""
-    halves = x.reshape(*x.shape[:2], 2, *cos.shape[2:])  # (2, H, 2, d/2, B T)
+    """Halves (a, b) of each head's features become (a cos - b sin, b cos + a sin):
+    (2, H, d, ...), for q and k -> the same."""
+    halves = x.reshape(2, x.shape[1], 2, *cos.shape[:1], -1)  # (2, H, 2, d/2, N)
     a, b = halves[:, :, 0], halves[:, :, 1]
-    out = np.empty_like(halves)
-    np.subtract(a * cos, b * sin, out=out[:, :, 0])
-    np.add(b * cos, a * sin, out=out[:, :, 1])
-    return out.reshape(x.shape)
-
-
-class KeyValueCache:
-    """The rotated keys and the values of the positions one attention layer has seen.
-
-    `keys` and `values` have shape (max_len, H, d, B); the first `length` positions are filled.
-    """
-
-    def __init__(self, max_len):
-        self.max_len, self.length, self.keys, self.values = max_len, 0, None, None
-
-    def extend(self, key, value):
-        """Store a position's key and value (H, d, B); return all so far: (length, H, d, B) each."""
-        if self.keys is None:
-            self.keys, self.values = np.empty((2, self.max_len, *key.shape), key.dtype)
-        self.keys[self.length], self.values[self.length] = key, value
-        self.length += 1
-        return self.keys[:self.length], self.values[:self.length]
-
-    def keep(self, rows):
-        """Drop all lines but those at `rows`, a boolean (B,)."""
-        self.keys, self.values = self.keys[..., rows], self.values[..., rows]
+    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(x.shape)

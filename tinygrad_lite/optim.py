@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 
+from .tensor import Tensor
+
 
 class Adam:
     """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
@@ -10,11 +12,15 @@ class Adam:
     The moments lie in one long vector: dozens of small arrays would each cost NumPy's overhead
     of a call. A parameter whose .grad is None counts as one with a gradient of zero. `weight_decay`
     shrinks matrices by lr * weight_decay a step, apart from the gradient (Loshchilov & Hutter 2019,
-    Algorithm 2).
+    Algorithm 2). Raises TypeError unless `parameters` is a list of Tensors.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.parameters, self.weight_decay = list(parameters), weight_decay
+        if not (isinstance(parameters, (list, tuple)) and parameters
+                and all(isinstance(p, Tensor) for p in parameters)):
+            raise TypeError(f"parameters must be a list of Tensors, not {type(parameters).__name__}"
+                            f" {parameters!r:.50}")
+        self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
         self.ends = np.cumsum([p.size for p in self.parameters])
         self.mean, self.square = np.zeros((2, self.ends[-1]), self.parameters[0].dtype)  # m and v
@@ -24,8 +30,7 @@ class Adam:
         m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) are running means; t counts the steps."""
         self.steps += 1
         beta1, beta2 = self.betas
-        grad = np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
-                               for p in self.parameters])
+        grad = flat_gradients(self.parameters)
         self.mean += (1 - beta1) * (grad - self.mean)
         self.square += (1 - beta2) * (grad * grad - self.square)
         update = (self.mean * (self.lr / (1 - beta1 ** self.steps))
@@ -39,6 +44,12 @@ class Adam:
         """Forget the gradients."""
         for p in self.parameters:
             p.grad = None
+
+
+def flat_gradients(parameters):
+    """All gradients one after the other in one vector, zeros for a .grad of None."""
+    return np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
+                           for p in parameters])
 
 
 def clip_grad_norm(parameters, max_norm):

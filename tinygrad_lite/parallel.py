@@ -1,114 +1,151 @@
-"""Gradients of one batch, computed shard by shard, in several processes at once."""
+"""One program in several processes: each computes its share of a batch, gradients are added up.
+
+As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
+same optimizer step. Only sums travel, through shared memory. Threads would not do: an op takes some
+20 microseconds here, and a thread would wait as long for Python's lock after each.
+"""
 import contextlib
-import ctypes
+import multiprocessing
 import multiprocessing.resource_tracker
 import signal
-from functools import partial
+import sys
+import traceback
 
 import numpy as np
 
-from .tensor import gradients
+from .optim import flat_gradients
 
-_libc = ctypes.CDLL(None)
-if hasattr(_libc, "mallopt"):
-    # glibc hands freed arrays back to the system, and the next ones cost page faults: a third of a
-    # training step. M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) tell it to keep 256 MB at hand.
-    _libc.mallopt(-1, 2 ** 28)
-    _libc.mallopt(-3, 2 ** 25)
+CHUNK = 2 ** 19  # bytes that a process puts into shared memory at a time
 
 
-def value_and_grad(loss_fn, parameters, shards, map_fn=map):
-    """Set `.grad` of every parameter to the gradient of the sum of loss_fn(shard) over shards.
+class ProcessKilled(Exception):
+    """A process of the run ended before its work was done."""
 
-    It is zero for a parameter that no shard uses. `loss_fn(shard)` returns a one-element Tensor, or
-    a tuple of it and anything else; what it returned is listed for each shard, the Tensor as a
-    float. `map_fn` may be that of `parallel_map`: the sum runs in the order of `shards`, the same
-    to the bit for any number of processes.
+
+class World:
+    """The processes of a run as one of them sees it: its own `rank`, from 0, and `world_size`.
+
+    World() is one process alone.
     """
-    values, total = [], 0.0
-    for value, grad in map_fn(partial(_one_shard, loss_fn, parameters), shards):
-        values.append(value)
-        total += grad
-    for p, piece in zip(parameters, np.split(total, np.cumsum([p.size for p in parameters]))):
-        p.grad = piece.reshape(p.shape)
-    return values
+
+    def __init__(self, rank=0, world_size=1, pipes=(), processes=(), buffer=b""):
+        self.rank, self.world_size, self._pipes, self._processes = rank, world_size, pipes, processes
+        self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # half, rank, byte
+
+    def share(self, items):
+        """Every world_size-th of the items: this process's own."""
+        return items[self.rank::self.world_size]
+
+    def all_reduce(self, array):
+        """The sum of `array` over all processes, all of which must call this. In rank order, so
+        that every process gets the same bits. Raises ProcessKilled if one cannot take part."""
+        array = np.asarray(array)
+        if self.world_size == 1:
+            return array
+        step = CHUNK // array.itemsize
+        pieces = np.split(array.ravel(), range(step, array.size, step))
+        return np.concatenate([self._sum(piece) for piece in pieces]).reshape(array.shape)
+
+    def all_reduce_gradients(self, parameters):
+        """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
+        ends = np.cumsum([p.size for p in parameters])
+        total = self.all_reduce(flat_gradients(parameters))
+        for p, piece in zip(parameters, np.split(total, ends[:-1])):
+            p.grad = piece.reshape(p.shape)
+
+    def wait_for_all(self):
+        """Return once every process has come here."""
+        try:
+            if self.rank == 0:
+                for pipe in self._pipes:
+                    if failure := pipe.recv():
+                        error, text = failure
+                        raise error from RuntimeError(f"in another process:\n{text}")
+            for pipe in self._pipes:
+                pipe.send(None)
+            if self.rank > 0:
+                self._pipes[0].recv()
+        except (EOFError, ConnectionError):  # the other end of `pipe` is gone
+            raise ProcessKilled(self._who_died(pipe)) from None
+
+    def _sum(self, piece):
+        slots = self._slots[0][:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
+        slots[self.rank] = piece
+        self.wait_for_all()
+        # Writing goes on in the other half. Who is back here has been waited for by all, so all
+        # have read this one.
+        self._slots = self._slots[::-1]
+        return slots.sum(axis=0)
+
+    def _who_died(self, pipe):
+        if self.rank > 0:
+            return "process 0 was killed; the run has ended"
+        process = self._processes[self._pipes.index(pipe)]
+        process.join(timeout=1)
+        how = f"killed by signal {-process.exitcode}" if (process.exitcode or 0) < 0 else "gone"
+        return f"{process.name} was {how}; nothing was saved, run it again"
 
 
-def _one_shard(loss_fn, parameters, shard):
-    """What the loss returned, and all gradients in one vector: many arrays would travel slower."""
-    result = loss_fn(shard)
-    loss, *rest = result if isinstance(result, tuple) else (result,)
-    value, grads = loss.item(), gradients(loss)
-    vector = np.concatenate([grads.get(p, np.zeros_like(p.data)).ravel() for p in parameters])
-    return (value, *rest) if rest else value, vector
+def launch(world_size, function, *arguments):
+    """Run function(world, *arguments) in world_size processes; return what it returns in rank 0.
+
+    Rank 0 is this process. Where processes start afresh (macOS, Windows), `function` must be
+    defined at the top of a module, the arguments must be plain values, and a script needs
+    `if __name__ == "__main__"`. An exception in any process ends all and is raised here;
+    ProcessKilled if one was killed.
+    """
+    if world_size == 1:
+        return function(World(), *arguments)
+    buffer = multiprocessing.RawArray("B", 2 * world_size * CHUNK)
+    processes, pipes = [], []
+    try:
+        with _ctrl_c_later():
+            for rank in range(1, world_size):
+                pipe, their_pipe = multiprocessing.Pipe()
+                process = multiprocessing.Process(
+                    target=_work, name=f"process {rank} of {world_size}", daemon=True,
+                    args=(rank, world_size, their_pipe, pipe, buffer, np.geterr(), function,
+                          arguments))
+                processes.append(process)
+                pipes.append(pipe)
+                process.start()
+                their_pipe.close()
+        world = World(0, world_size, pipes, processes, buffer)
+        result = function(world, *arguments)
+        world.wait_for_all()
+        return result
+    finally:
+        for process in processes:
+            if process.pid:
+                process.kill()
+                process.join()
+
+
+def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, arguments):
+    """The life of a process other than rank 0."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends the others
+    parents_pipe.close()  # inherited; held open, it would hide that rank 0 is gone
+    np.seterr(**numpy_errors)
+    world = World(rank, world_size, [pipe], buffer=buffer)
+    try:
+        function(world, *arguments)
+        world.wait_for_all()
+    except ProcessKilled as error:
+        print(error, file=sys.stderr)
+    except Exception as error:
+        pipe.send((error, traceback.format_exc()))
+        pipe.recv()  # wait to be ended
 
 
 @contextlib.contextmanager
-def parallel_map(n):
-    """`with parallel_map(n) as map_fn`: a `map` that spreads its items over n processes.
-
-    This process is one of them. Not threads: an op takes some 20 microseconds here, and a thread
-    would wait as long for Python's lock after each. Function, items and results go through pipes,
-    pickled: half a millisecond for a small model. So the function must be defined at the top of a
-    module, and be given its model as an argument (functools.partial) to see its newest weights; a
-    script needs `if __name__ == "__main__"` where processes start afresh (macOS).
-    `map_fn` raises what the function raises, and MemoryError if a process was killed; it cannot be
-    used again after that. Linux and macOS.
-    """
-    workers = []
-    # Ctrl-C waits until all are started; they inherit that, and never see it. Where they start
-    # afresh, a tracker of resources starts with them and would let it through: so it starts first.
-    if multiprocessing.get_start_method() != "fork":
-        multiprocessing.resource_tracker.ensure_running()
+def _ctrl_c_later():
+    """Ctrl-C waits until all processes are started; they inherit that, and never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # else it starts below, and lets Ctrl-C in
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for _ in range(n - 1):
-            pipe, their_end = multiprocessing.Pipe()
-            worker = multiprocessing.Process(target=_serve, args=(their_end, pipe), daemon=True)
-            worker.start()
-            their_end.close()
-            workers.append((worker, pipe))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield partial(_map, [pipe for _, pipe in workers])
+        yield
     finally:
-        for worker, pipe in reversed(workers):  # later ones hold copies of the earlier ones' pipes
-            pipe.close()
-            worker.terminate()
-            worker.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _map(pipes, function, *iterables):
-    """[function(*items) for items in zip(*iterables)], every nth of them here, n = 1 + pipes."""
-    items, n = list(zip(*iterables)), 1 + len(pipes)
-    busy = pipes[:max(0, len(items) - 1)]
-    try:
-        for i, pipe in enumerate(busy, start=1):
-            pipe.send((function, items[i::n]))
-        answers = [_attempt(function, items[::n]), *(pipe.recv() for pipe in busy)]
-    except BaseException as error:
-        for pipe in pipes:  # what is still under way must not pass for the answer to a later call
-            pipe.close()
-        if isinstance(error, (EOFError, ConnectionError)):
-            raise MemoryError("a worker process was killed") from None
-        raise
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return [answers[i % n][i // n] for i in range(len(items))]
-
-
-def _attempt(function, items):
-    """The results, or the exception that stopped them."""
-    try:
-        return [function(*item) for item in items]
-    except Exception as error:
-        return error
-
-
-def _serve(pipe, parent_end):
-    """A worker's life: it ends when the parent's end of its pipe closes, by whatever happens."""
-    parent_end.close()  # inherited; held open, it would keep this worker waiting for itself
-    with contextlib.suppress(EOFError, ConnectionError), np.errstate(all="ignore"):
-        while True:
-            pipe.send(_attempt(*pipe.recv()))

@@ -1,38 +1,40 @@
 """Tensor and tape: reverse-mode automatic differentiation of NumPy code.
 
-An op is a plain function: it computes its result with NumPy and ends with
-`return Tensor(out, parents=..., backward=backward)`. The nested `backward(grad)` takes the gradient
-of the loss with respect to `out` and returns one gradient for each parent (chain rule). Ops never
-touch `.grad`; `gradients` at the end walks the tape, the parents and theirs in turn, once for all.
-It ends at the leaves, the Tensors that no op made.
+An op is a plain function. It computes its result with NumPy and ends with
+`return Tensor(out, parents=..., backward=backward)`. The nested `backward(grad)` receives the
+gradient of the loss with respect to `out` and returns one gradient for each parent: the chain rule.
+It never writes into `grad`, which another op may hold, too. Ops do not touch `.grad` either;
+`Tensor.backward` fills it in for the leaves, the Tensors that no op made.
 """
 import contextlib
-import heapq
+import contextvars
 import itertools
-import threading
+import numbers
+from operator import attrgetter
 
 import numpy as np
 
-_thread = threading.local()
+_recording = contextvars.ContextVar("recording", default=True)
 _serial_numbers = itertools.count()
 
 
 @contextlib.contextmanager
 def no_grad():
     """Inside this context nothing is recorded, in this thread: results need no gradient."""
-    before = getattr(_thread, "recording", True)
-    _thread.recording = False
+    token = _recording.set(False)
     try:
         yield
     finally:
-        _thread.recording = before
+        _recording.reset(token)
 
 
 class Tensor:
     """An array that remembers how it was computed.
 
-    `data`: ndarray, list or number; float32 and float64 arrays keep their dtype, all else becomes
-    float32. `grad`: None, or an array of data's shape and dtype, to which `backward()` adds.
+    `data`: ndarray, list or number. float32 and float64 arrays keep their dtype, all other real
+    numbers become float32; TypeError for anything else. Ops keep references to `data`, not copies:
+    do not change it in place between forward and backward, the gradients would be wrong.
+    `grad`: None, or an array of data's shape and dtype, to which `backward()` adds.
     `parents` and `backward` are for ops: the Tensors this one was computed from, and the function
     that turns its gradient into theirs.
     """
@@ -40,11 +42,9 @@ class Tensor:
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
-        if isinstance(data, Tensor):
-            raise TypeError("data is a Tensor already; .detach() makes one without its history")
         keep = getattr(data, "dtype", None) in (np.float32, np.float64)
-        self.data = np.asarray(data) if keep else np.asarray(data, dtype=np.float32)
-        recorded = getattr(_thread, "recording", True) and any(p.requires_grad for p in parents)
+        self.data = np.asarray(data) if keep else _real(data).astype(np.float32)
+        recorded = _recording.get() and any(p.requires_grad for p in parents)
         self.grad, self.requires_grad = None, requires_grad or recorded
         self.parents, self.backward_fn = (parents, backward) if recorded else ((), None)
         self.serial = next(_serial_numbers)
@@ -54,7 +54,6 @@ class Tensor:
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
 
-    def __reduce__(self): return Tensor, (self.data, self.requires_grad)  # pickled without history
     def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
     def item(self): return self.data.item()      # the one element as a Python float
     def numpy(self): return self.data            # the array itself, not a copy
@@ -67,39 +66,43 @@ class Tensor:
         the way. Raises ValueError for a missing or misshapen `grad`, RuntimeError if nothing was
         recorded or an earlier call has freed the graph.
         """
-        for leaf, grad in gradients(self, grad).items():
-            if leaf.grad is None:
-                leaf.grad = np.array(grad)  # a copy: an op may hand one array to two parents
-            else:
-                leaf.grad += grad
+        if not self.requires_grad:
+            raise RuntimeError("backward() of a tensor that does not require a gradient")
+        ones = grad is None and self.size == 1
+        grad = np.ones(self.shape, self.dtype) if ones else np.asarray(grad, self.dtype)
+        if grad.shape != self.shape:
+            raise ValueError(f"backward() of shape {self.shape} needs a gradient of that shape")
+        # A node is made after its parents. So in the order of age, newest first, all consumers of a
+        # node come before it: when its turn comes, its gradient is complete.
+        grads, nodes = {self: grad}, _reachable(self)
+        while nodes:
+            node = nodes.pop()
+            grad = grads.pop(node)
+            if node.backward_fn is None:  # a leaf; a copy, as an op may give one array to two
+                node.grad = np.array(grad) if node.grad is None else node.grad + grad
+                continue
+            for parent, parent_grad in _parent_gradients(node, grad):
+                grads[parent] = grads[parent] + parent_grad if parent in grads else parent_grad
 
     # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
 
     def __add__(self, other):
         other = self._operand(other)
-
-        def backward(grad):
-            return _sum_to(grad, self.shape), _sum_to(grad, other.shape)
-        return Tensor(self.data + other.data, parents=(self, other), backward=backward)
+        return _binary(self.data + other.data, self, other, lambda grad: (grad, grad))
 
     def __mul__(self, other):
         other = self._operand(other)
+        return _binary(self.data * other.data, self, other,
+                       lambda grad: (grad * other.data, grad * self.data))
 
-        def backward(grad):
-            return _sum_to(grad * other.data, self.shape), _sum_to(grad * self.data, other.shape)
-        return Tensor(self.data * other.data, parents=(self, other), backward=backward)
-
-    def __truediv__(self, other):
+    def __truediv__(self, other):  # d(a / b) / db = -(a / b) / b
         other = self._operand(other)
         out = self.data / other.data
-
-        def backward(grad):  # d(a / b) / db = -(a / b) / b
-            grad = grad / other.data
-            return _sum_to(grad, self.shape), _sum_to(-grad * out, other.shape)
-        return Tensor(out, parents=(self, other), backward=backward)
+        return _binary(out, self, other,
+                       lambda grad: (grad / other.data, -grad * out / other.data))
 
     def __pow__(self, exponent):
-        if not isinstance(exponent, (int, float)):
+        if not isinstance(exponent, numbers.Real):
             raise TypeError(f"the exponent must be a number, not {type(exponent).__name__}")
         exponent = float(exponent)  # a NumPy float64 would turn float32 into float64
 
@@ -126,7 +129,7 @@ class Tensor:
     def _operand(self, value):
         """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
         if not isinstance(value, Tensor):
-            return Tensor(np.asarray(value, dtype=self.dtype))
+            return Tensor(_real(value).astype(self.dtype))
         if value.dtype != self.dtype:
             raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
         return value
@@ -140,11 +143,9 @@ class Tensor:
             return (self @ other.reshape(-1, 1))[..., 0]
         if self.ndim == 1:
             return (self.reshape(1, -1) @ other)[..., 0, :]
-
-        def backward(grad):
-            return (_sum_to(grad @ other.data.swapaxes(-1, -2), self.shape),
-                    _sum_to(self.data.swapaxes(-1, -2) @ grad, other.shape))
-        return Tensor(self.data @ other.data, parents=(self, other), backward=backward)
+        return _binary(self.data @ other.data, self, other,
+                       lambda grad: (grad @ other.data.swapaxes(-1, -2),
+                                     self.data.swapaxes(-1, -2) @ grad))
 
     def sum(self, axis=None, keepdims=False):
         def backward(grad):
@@ -165,9 +166,10 @@ class Tensor:
     def transpose(self, *axes):
         """Axis i of the result is axis axes[i] of self, as in NumPy and torch's permute; without
         axes, all are reversed."""
-        axes = [axis % self.ndim for axis in axes or reversed(range(self.ndim))]
-        return Tensor(self.data.transpose(axes), parents=(self,),
-                      backward=lambda grad: (grad.transpose(np.argsort(axes)),))
+        out = self.data.transpose(axes or None)
+        order = [axis % self.ndim for axis in axes or reversed(range(self.ndim))]
+        return Tensor(out, parents=(self,),
+                      backward=lambda grad: (grad.transpose(np.argsort(order)),))
 
     def __getitem__(self, index):
         """self[index] for any NumPy index; an element taken twice receives both gradients."""
@@ -178,52 +180,51 @@ class Tensor:
         return Tensor(self.data[index], parents=(self,), backward=backward)
 
 
-def _sum_to(grad, shape):
-    """Broadcasting copied an operand over new or longer axes; its gradient sums the copies."""
-    if grad.shape == shape:
-        return grad
-    new = grad.ndim - len(shape)
-    axes = tuple(range(new)) + tuple(new + i for i, n in enumerate(shape) if n == 1)
-    return grad.sum(axis=axes).reshape(shape)
+def _real(data):
+    """`data` as an array of real numbers. Raises TypeError for anything else, text too."""
+    array = np.asarray(data) if not isinstance(data, Tensor) else np.asarray(None)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"expected an array, list or number, all real, not {type(data).__name__}"
+                        f" of {array.dtype}")
+    return array
 
 
-def gradients(root, grad=None):
-    """d(root)/d(leaf), weighted by `grad`, as {leaf Tensor: array}; frees the graph as it goes.
+def _binary(out, a, b, backward):
+    """The Tensor of an op on a and b. Broadcasting copied an operand over new or longer axes; its
+    gradient sums the copies."""
+    def sum_to(grad, shape):
+        if grad.shape == shape:
+            return grad
+        new = grad.ndim - len(shape)
+        axes = [*range(new), *(new + i for i, n in enumerate(shape) if n == 1)]
+        return grad.sum(axis=tuple(axes)).reshape(shape)
 
-    A node is made after its parents. So the newest of the nodes that wait has had all of its
-    gradient, and no recursion is needed. Raises as `Tensor.backward` does.
-    """
-    if not root.requires_grad:
-        raise RuntimeError("backward() of a tensor that does not require a gradient")
-    grad = np.asarray(np.ones(root.shape) if grad is None and root.size == 1 else grad, root.dtype)
-    if grad.shape != root.shape:
-        raise ValueError(f"backward() of shape {root.shape} needs a gradient of that shape")
-    arrived, owned, leaves = {root: grad}, set(), {}
-    waiting = [(-root.serial, root)]  # a heap
-    while waiting:
-        node = heapq.heappop(waiting)[1]
-        grad, parents, backward = arrived.pop(node), node.parents, node.backward_fn
-        owned.discard(node)
+    return Tensor(out, parents=(a, b), backward=lambda grad: [
+        sum_to(g, parent.shape) for g, parent in zip(backward(grad), (a, b))])
+
+
+def _reachable(root):
+    """All Tensors with a gradient that `root` was computed from, and itself, oldest first."""
+    found, stack = {root}, [root]
+    while stack:  # no recursion: a graph may be deeper than Python's stack
+        parents = stack.pop().parents
         if parents is None:
             raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
-        if backward is None:
-            leaves[node] = grad
-            continue
-        node.parents = node.backward_fn = None  # free what forward saved once it has served
-        node = parent = parent_grad = None  # no reference here: memory falls as the walk goes on
-        for parent, parent_grad in zip(parents, backward(grad), strict=True):
-            if not parent.requires_grad:
-                continue
-            dtype, shape = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
-            if (dtype, shape) != (parent.dtype, parent.shape):
-                raise RuntimeError(f"{backward.__qualname__} returned {dtype} {shape} as the "
-                                   f"gradient of a {parent.dtype} tensor of shape {parent.shape}")
-            if parent not in arrived:
-                arrived[parent] = parent_grad  # borrowed: may be a view, or go to two parents
-                heapq.heappush(waiting, (-parent.serial, parent))
-            elif parent not in owned:
-                arrived[parent] = arrived[parent] + parent_grad
-                owned.add(parent)  # from now on the array is ours alone
-            else:
-                arrived[parent] += parent_grad
-    return leaves
+        new = [p for p in parents if p.requires_grad and p not in found]
+        found.update(new)
+        stack += new
+    return sorted(found, key=attrgetter("serial"))
+
+
+def _parent_gradients(node, grad):
+    """[(parent, its gradient), ...] of a node, which forgets what its forward pass saved."""
+    parents, backward = node.parents, node.backward_fn
+    node.parents = node.backward_fn = None
+    pairs = [(parent, parent_grad) for parent, parent_grad in
+             zip(parents, backward(grad), strict=True) if parent.requires_grad]
+    for parent, parent_grad in pairs:
+        dtype, shape = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
+        if (dtype, shape) != (parent.dtype, parent.shape):
+            raise RuntimeError(f"{backward.__qualname__} returned {dtype} {shape} as the gradient "
+                               f"of a {parent.dtype} tensor of shape {parent.shape}")
+    return pairs

@@ -1,4 +1,4 @@
-"""What the programs share: one-line errors, flags, progress, and files that are never half-written."""
+"""What the programs share: one-line errors, flags, progress, files that are never half-written."""
 import argparse
 import contextlib
 import json
@@ -7,16 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import uuid
-from functools import partial
 from pathlib import Path
 
-from tinygrad_lite import ProcessKilled
+import tinygrad_lite  # noqa: F401  before NumPy, for the number of BLAS threads
 import numpy as np
-
-
-SFT_TIME = "about a minute"  # on two cores; messages and README say so
 
 
 class UserError(Exception):
@@ -41,13 +38,10 @@ def run(main):
         code = 1
     except UserError as error:
         code = _fail(error)
-    except ProcessKilled as error:
-        code = _fail(error)
     except MemoryError:
         code = _fail("not enough memory; choose smaller sizes")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{where}{error.strerror or error}")
+        code = _fail(f"{error.filename or ''} {error.strerror or error}")
     if code:  # what could not be printed must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
@@ -59,7 +53,7 @@ def _fail(message):
 
 
 def _stop(*_):
-    """Ctrl-C ends the program at once. An exception could be lost in a callback, or abort C code."""
+    """Ctrl-C ends the program at once; an exception could get lost in a callback, or abort C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if multiprocessing.parent_process() is None:  # not in a process that has just been started
         for process in multiprocessing.active_children():
@@ -84,20 +78,22 @@ class Parser(argparse.ArgumentParser):
         sys.exit(_fail(f"{message}; see python {self.prog} --help"))
 
 
-def _number(kind, valid, meaning, text):
+def whole(low, high=2 ** 31):
+    """The type of a flag: a whole number from `low` to `high`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, "
+                                         f"not {text[:50]!r}")
+    return parse
+
+
+def positive(text):
     with contextlib.suppress(ValueError):
-        value = kind(text)
-        if valid(value):
-            return value
-    raise argparse.ArgumentTypeError(f"must be {meaning}, not {text[:50]!r}")
-
-
-count = partial(_number, int, lambda n: 1 <= n < 2 ** 31, "a whole number of at least 1")
-several = partial(_number, int, lambda n: 2 <= n < 2 ** 31, "a whole number of at least 2")
-processes = partial(_number, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
-seed = partial(_number, int, lambda n: 0 <= n < 2 ** 63, "a whole number from 0 to 2^63 - 1")
-target = partial(_number, int, lambda n: 5 <= n <= 100, "a whole number from 5 to 100")
-positive = partial(_number, float, lambda x: 0 < x < 1e30, "a number above 0 and below 1e30")
+        if 0 < float(text) < 1e30:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be above 0 and below 1e30, not {text[:50]!r}")
 
 
 def checkpoint_path(text):
@@ -105,8 +101,6 @@ def checkpoint_path(text):
         raise argparse.ArgumentTypeError(f"must be a file name ending in .npz, not {text!r}")
     return Path(text)
 
-
-# Progress.
 
 class Progress:
     """One line that tells how a run goes: in place on a terminal, every few seconds elsewhere."""
@@ -132,7 +126,7 @@ class Progress:
 
 # Files.
 
-_unfinished = set()  # paths of files that are being written
+_unfinished = set()  # files that are being written
 
 
 @contextlib.contextmanager
@@ -148,10 +142,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
     finally:
+        part.unlink(missing_ok=True)
         _unfinished.discard(part)
 
 
@@ -167,18 +159,16 @@ def outputs(path, *endings):
     Raises UserError where one of them, or `path`, cannot be written: before minutes of training,
     not after them.
     """
-    others = [path.with_name(path.stem + ending) for ending in endings]
-    for file in (path, *others):
+    files = [path, *(path.with_name(path.stem + ending) for ending in endings)]
+    for file in files:
         try:
+            if os.path.exists(file) and not os.path.isfile(file):
+                raise UserError(f"{file} is not a regular file; choose another name")
             with contextlib.suppress(FileNotFoundError):
-                os.stat(file)  # a name that is too long, for one
-                if not os.path.isfile(file):
-                    raise UserError(f"{file} is not a regular file; choose another name")
+                os.stat(file)  # says if the name is too long
             folder = Path(os.path.realpath(file)).parent
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{uuid.uuid4().hex}.part"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}; choose another name") from None
-    return others
+    return files[1:]

@@ -5,11 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHARACTERS = "0123456789+="
-END, PAD = len(CHARACTERS), len(CHARACTERS) + 1
-VOCAB = [*CHARACTERS, "<end>", "<pad>"]  # id -> token
-IDS = {character: i for i, character in enumerate(CHARACTERS)}
-EQUALS = IDS["="]
+VOCAB = [*"0123456789+=", "<end>", "<pad>"]  # id -> token
+IDS = {token: i for i, token in enumerate(VOCAB)}
+EQUALS, END, PAD = IDS["="], IDS["<end>"], IDS["<pad>"]
 
 TARGETS = range(5, 101)
 COUNTS = range(2, 6)  # of terms
@@ -23,15 +21,14 @@ TRAINING = [target for target in TARGETS if target not in HELD_OUT]
 
 def encode(text):
     """The ids of text's characters, without an end token. Raises ValueError for any other."""
-    unknown = set(text) - set(CHARACTERS)
-    if unknown:
+    if unknown := set(text) - set(VOCAB):
         raise ValueError(f"not in the vocabulary: {' '.join(sorted(map(repr, unknown)))}")
     return [IDS[character] for character in text]
 
 
 def decode(ids):
     """The text of `ids`, without end and pad tokens."""
-    return "".join(CHARACTERS[i] for i in ids if i not in (END, PAD))
+    return "".join(VOCAB[i] for i in ids if i not in (END, PAD))
 
 
 def encode_prompt(target):
@@ -49,25 +46,17 @@ def pad(lines, length=None):
 
 # What an answer is worth.
 
+OUTCOMES = ["right, preferred", "right, not preferred", "wrong sum", "does not parse"]
+
+
 class Judgement(NamedTuple):
-    """`terms` and their sum `total` are None where the answer does not parse."""
+    """What an answer is worth; `terms` and `total`, their sum, are None where it does not parse."""
     target: int
     terms: list
     total: int
     exact: bool
     preferred: bool
-
-    @property
-    def outcome(self):
-        """One of OUTCOMES."""
-        if self.terms is None:
-            return "does not parse"
-        if not self.exact:
-            return "wrong sum"
-        return "right, preferred" if self.preferred else "right, not preferred"
-
-
-OUTCOMES = ["right, preferred", "right, not preferred", "wrong sum", "does not parse"]
+    outcome: str  # one of OUTCOMES
 
 
 def prefers(terms, prefer):
@@ -84,8 +73,10 @@ def judge(line, prefer=3):
     ended = END in line and line.index(END) == len(line) - 1 and PAD not in line
     target, terms = ended and parse(decode(line)) or (None, None)
     if terms is None:
-        return Judgement(target, None, None, False, False)
-    return Judgement(target, terms, sum(terms), sum(terms) == target, prefers(terms, prefer))
+        return Judgement(target, None, None, False, False, OUTCOMES[3])
+    exact, preferred = sum(terms) == target, prefers(terms, prefer)
+    outcome = OUTCOMES[2] if not exact else OUTCOMES[0] if preferred else OUTCOMES[1]
+    return Judgement(target, terms, sum(terms), exact, preferred, outcome)
 
 
 def parse(text):

@@ -12,11 +12,9 @@ import numpy as np
 import cli
 import data
 import eval as evaluation
-from cli import Progress, UserError
 from sft import SHARD, completion_logps
 
 PATIENCE = 10  # rounds in a row without a pair before a run ends
-ROUNDS_SAMPLED_ONCE = 50  # rounds' worth of answers that --pairs once samples before training
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # TRL's names
@@ -64,11 +62,12 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
     return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-# Preference pairs. Each source is a generator: what it yields for every round is this process's part.
+# Preference pairs. A source of them is a generator of one Round after the other, in every process
+# its own part.
 
 class Round(NamedTuple):
-    """`pairs`: ids (P, 2, T), the chosen line first, P may be 0. `n_good` and `n_other`: how many
-    answers could be chosen, and how many could be rejected."""
+    """`pairs`: ids (P, 2, T), the chosen line first; P may be 0. `n_good` and `n_other`: of the
+    answers they come from, those that could be chosen and those that could be rejected."""
     pairs: np.ndarray
     n_good: int
     n_other: int
@@ -81,15 +80,16 @@ def judged_round(model, targets, n_answers, prefer, rng):
     is left over is dropped.
     """
     lines = evaluation.sample(model, np.repeat(targets, n_answers).tolist(), 1.0, rng)
-    pairs, n_good = [], 0
+    paired, n_good = [], 0
     for start in range(0, len(lines), n_answers):
         answers = lines[start:start + n_answers]
         good = [line for line in answers if data.judge(line, prefer).outcome == data.OUTCOMES[0]]
-        pairs += zip(good, [line for line in answers if line not in good])
+        others = [line for line in answers if line not in good]
+        for chosen, rejected in zip(good, others):
+            paired += [chosen, rejected]
         n_good += len(good)
-    flat = [line for pair in pairs for line in pair]
-    return Round(data.pad(flat, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN), n_good,
-                 len(lines) - n_good)
+    pairs = data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
+    return Round(pairs, n_good, len(lines) - n_good)
 
 
 def online_rounds(policy, n_prompts, n_answers, prefer, rng):
@@ -99,13 +99,13 @@ def online_rounds(policy, n_prompts, n_answers, prefer, rng):
 
 
 def once_rounds(reference, n_prompts, n_answers, prefer, rng):
-    """Answers sampled once, from the reference; every round takes the next of their pairs, in
-    another order each time they have all been seen."""
-    targets = rng.choice(data.TRAINING, n_prompts * ROUNDS_SAMPLED_ONCE)
+    """Answers sampled once, from the reference, for 50 rounds, which come again and again, their
+    pairs in another order each time."""
+    targets = rng.choice(data.TRAINING, 50 * n_prompts)
     pairs, n_good, n_other = judged_round(reference, targets, n_answers, prefer, rng)
     while True:
         rng.shuffle(pairs)
-        for part in np.array_split(pairs, ROUNDS_SAMPLED_ONCE):
+        for part in np.array_split(pairs, 50):
             yield Round(part, n_good, n_other)
 
 
@@ -117,8 +117,8 @@ def rule_rounds(n_pairs, prefer, rng):
     rng = random.Random(int(rng.integers(2 ** 63)))
     others = [k for k in data.COUNTS if k != prefer]
     while True:
-        targets = rng.choices(data.TRAINING, k=n_pairs)
-        lines = [data.random_line(target, count, rng) for target in targets
+        lines = [data.random_line(target, count, rng)
+                 for target in rng.choices(data.TRAINING, k=n_pairs)
                  for count in (prefer, rng.choice(others))]
         yield Round(data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN), n_pairs, n_pairs)
 
@@ -139,43 +139,48 @@ def train(policy, reference, source, rounds, beta, lr, world=World()):
     """The DPO loop, in every process of `world`: one step for each Round of `source`. Yields logs.
 
     Trains `policy` in place; `reference` is only read. A log is a dict about the pairs of all
-    processes before the step: at first policy and reference are one, the loss is log 2. A round
-    without pairs is skipped, with 0 "pairs" in its log; after PATIENCE of them in a row training
-    ends, if that is because nothing is left to reject, or else raises UserError. It raises one,
-    too, when the loss is no longer finite.
+    processes before the step: at first policy and reference are one, the loss is ln 2. A round
+    without pairs is skipped, with 0 "pairs" in its log. After PATIENCE of them in a row training
+    ends, if nothing is left to reject; if nothing could be chosen, that is a UserError. So is a
+    loss that is no longer finite.
     """
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
     skipped = []
     for step, (pairs, n_good, n_other) in zip(range(rounds), source):
-        n_pairs, *tally = world.all_reduce([len(pairs), n_good, n_other]).tolist()
+        n_pairs, n_good, n_other = world.all_reduce([len(pairs), n_good, n_other]).tolist()
         if n_pairs == 0:
             yield {"round": step + 1, "pairs": 0}
-            skipped.append(tally)
-            if len(skipped) < PATIENCE:
-                continue
-            n_good, n_other = np.sum(skipped, axis=0)
-            if n_good > n_other:
-                return
-            raise UserError(f"no pairs in {PATIENCE} rounds in a row: of {n_good + n_other:,} answers "
-                            f"{n_good:,} were right and preferred; raise --answers or train SFT longer")
-        skipped, log = [], {}
+            skipped.append((n_good, n_other))
+            if len(skipped) == PATIENCE:
+                return check_nothing_left(skipped)
+            continue
+        skipped, log = [], np.zeros(len(LOGGED))
         for shard in data.by_length(pairs, SHARD // 2):
             loss, shard_log = loss_and_log(policy, reference, shard, beta)
             weight = len(shard) / n_pairs
             loss = loss * weight
             loss.backward()
-            log = {name: log.get(name, 0.0) + weight * value for name, value in shard_log.items()}
+            log += weight * np.array(list(shard_log.values()))
         world.all_reduce_gradients(parameters)
-        log = dict(zip(LOGGED, world.all_reduce([log.get(name, 0.0) for name in LOGGED]).tolist()))
+        log = dict(zip(LOGGED, world.all_reduce(log).tolist()))
         if not math.isfinite(log["loss"]):
-            raise UserError(f"the loss became {log['loss']} in round {step + 1}; try a lower --lr "
-                            f"or --beta")
+            raise cli.UserError(f"the loss is {log['loss']} in round {step + 1}; try a lower --lr "
+                                f"or --beta")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
         optimizer.step()
         optimizer.zero_grad()
         yield {"round": step + 1, "pairs": n_pairs, **log}
+
+
+def check_nothing_left(skipped):
+    """UserError unless most answers of these rounds without pairs were right and preferred."""
+    n_good, n_other = np.sum(skipped, axis=0)
+    if n_good <= n_other:
+        raise cli.UserError(
+            f"no pair in {PATIENCE} rounds in a row: {n_good:,} of {n_good + n_other:,} answers "
+            f"were right and preferred; ask for more --answers, or train SFT longer")
 
 
 def held_out_pairs(reference, prefer):
@@ -200,40 +205,39 @@ def train_policy(world, arguments):
     reference, history and seconds."""
     reference, policy = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     beta, prefer, rounds = arguments.beta, arguments.prefer, arguments.rounds
-    source, history = rounds_of(world, policy, reference, arguments), []
+    rng = np.random.default_rng([arguments.seed, world.rank])
+    part = len(world.share(range(arguments.prompts)))  # prompts of this process
+    source = {"online": lambda: online_rounds(policy, part, arguments.answers, prefer, rng),
+              "once": lambda: once_rounds(reference, part, arguments.answers, prefer, rng),
+              "rule": lambda: rule_rounds(part, prefer, rng)}[arguments.pairs]()
+    history, progress = [], cli.Progress(rounds, "round")
     if world.rank == 0:
-        first, eval_pairs = next(source), held_out_pairs(reference, prefer)
-        for chosen, rejected in first.pairs[:3]:
-            print(f"chosen {data.decode(chosen):{data.MAX_LEN}}  rejected {data.decode(rejected)}")
+        first, fixed_pairs = next(source), held_out_pairs(reference, prefer)
         source = itertools.chain([first], source)
-        history = [{"round": 0, "pairs": 0, **measure(policy, reference, eval_pairs, beta, prefer)}]
-    progress = Progress(rounds, "round")
+        for chosen, rejected in first.pairs[:3]:
+            print(f"chosen {data.decode(chosen):{data.MAX_LEN}} rejected {data.decode(rejected)}")
+        history.append({"round": 0, "pairs": 0,
+                        **measure(policy, reference, fixed_pairs, beta, prefer)})
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world):
-        if world.rank > 0:
-            continue
-        if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
-            row |= measure(policy, reference, eval_pairs, beta, prefer)
-        history.append(row)
-        progress.show(row["round"], f"{row['pairs']} pairs" + ("  loss {loss:.3f}  margin "
-                      "{rewards/margins:.2f}  accuracy {rewards/accuracies:.2f}".format(**row)
-                      if row["pairs"] else ""))
+        if world.rank == 0:
+            if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
+                row |= measure(policy, reference, fixed_pairs, beta, prefer)
+            history.append(row)
+            progress.show(row["round"], progress_text(row))
     return policy, reference, history, progress.seconds()
 
 
-def rounds_of(world, policy, reference, arguments):
-    """This process's source of pairs."""
-    rng = np.random.default_rng([arguments.seed, world.rank])
-    n_prompts = len(world.share(range(arguments.prompts)))
-    if arguments.pairs == "rule":
-        return rule_rounds(n_prompts, arguments.prefer, rng)
-    make_rounds, model = {"once": (once_rounds, reference),
-                          "online": (online_rounds, policy)}[arguments.pairs]
-    return make_rounds(model, n_prompts, arguments.answers, arguments.prefer, rng)
+def progress_text(row):
+    """A round's log as text."""
+    if row["pairs"] == 0:
+        return "no pairs"
+    return (f"{row['pairs']:3} pairs  loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
+            f"accuracy {row['rewards/accuracies']:.2f}")
 
 
 # The program.
 
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
@@ -241,13 +245,13 @@ def parse_arguments(argv=None):
         help="the policy's own answers, judged, sampled afresh for every round; answers sampled "
              "once, from the SFT model; or right sums made by rule")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--rounds", type=cli.count, default=1500, help="rounds of pairs, with one step each")
-    add("--prompts", type=cli.count, default=96, help="targets (or, made by rule, pairs) in a round")
-    add("--answers", type=cli.several, default=8, help="answers sampled for each target")
+    add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
+    add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
+    add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
     add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
-    add("--seed", type=cli.seed, default=0, help="of the pairs; same seed, same run")
-    add("--processes", type=cli.processes, default=2, help="processes that share each round")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the pairs")
+    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share each round")
     add("--out", type=cli.checkpoint_path, default=Path("runs/dpo.npz"),
         help="the checkpoint to write; a .json and pictures go beside it")
     return parser.parse_args(argv)
@@ -258,7 +262,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     out, prefer = arguments.out, arguments.prefer
     if out.resolve() == arguments.sft.resolve():
-        raise UserError("--out would overwrite --sft; choose another name")
+        raise cli.UserError("--out would overwrite --sft; choose another name")
     log, terms_picture, training_picture = cli.outputs(out, ".json", "-dist.png", "-training.png")
     evaluation.load(arguments.sft)  # a mistake is told before processes start
     policy, reference, history, seconds = launch(arguments.processes, train_policy, arguments)

@@ -9,7 +9,6 @@ import numpy as np
 
 import cli
 import data
-from cli import UserError
 from transformer import Transformer
 
 CHUNK = 256  # prompts decoded together: more leave the processor's cache
@@ -127,19 +126,20 @@ def credit(policy, reference, line, beta):
             "tokens": list(zip(tokens, rewards.tolist()))}
 
 
+# Checkpoints of this task.
+
 def load(path):
-    """The model of a checkpoint of this task. UserError, one line, if there is none."""
-    again = f"train it again (python sft.py, {cli.SFT_TIME}) or name another file"
+    """The model of a checkpoint. UserError, one line, if there is none."""
     try:
         model = Transformer.load(path)
+        if model.config.vocab_size != len(data.VOCAB):
+            raise ValueError(f"{path} is not of this task, it knows other tokens")
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; write it with python "
-                        f"{'dpo.py' if 'dpo' in path.name else f'sft.py ({cli.SFT_TIME})'}") from None
+        command = "dpo.py" if "dpo" in path.name else "sft.py (about a minute)"
+        raise cli.UserError(f"no checkpoint at {path}; write it with python {command}") from None
     except ValueError as error:
-        raise UserError(f"{error}; {again}") from None
-    if model.config.vocab_size != len(data.VOCAB):
-        raise UserError(f"{path} knows {model.config.vocab_size} tokens, this task has "
-                        f"{len(data.VOCAB)}; name a checkpoint of this task")
+        raise cli.UserError(f"{error}; train it again with python sft.py, or name another file"
+                            ) from None
     return model
 
 
@@ -148,44 +148,62 @@ def save(model, path):
     try:
         model.save(path)
     except ValueError as error:
-        raise UserError(f"{error}; try a lower --lr") from None
+        raise cli.UserError(f"{error}; try a lower --lr") from None
 
 
 # The program.
 
 def sum_line(text):
-    """An argument such as 100=10+70+20."""
+    """The type of --tokens: a line such as 100=10+70+20."""
     parsed = data.parse(text)
     if not parsed or len(text) >= data.MAX_LEN or parsed[0] not in data.TARGETS:
         raise argparse.ArgumentTypeError(f"must be a line such as 100=10+70+20, not {text[:50]!r}")
     return text
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     # Set here, or --help would show them twice.
     parser.set_defaults(checkpoints=[Path("runs/sft.npz"), Path("runs/dpo.npz")], prompt=None,
-                        samples=None, tokens=None)
+                        samples=None, tokens=[])
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=argparse.SUPPRESS,
         help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
-    add("--prompt", type=cli.target, metavar="TARGET", default=argparse.SUPPRESS,
-        help="answer this target, 5 to 100, instead of measuring")
-    add("--samples", type=cli.count, default=argparse.SUPPRESS,
+    add("--prompt", type=cli.whole(5, 100), metavar="TARGET", default=argparse.SUPPRESS,
+        help="answer this target instead of measuring")
+    add("--samples", type=cli.whole(1), default=argparse.SUPPRESS,
         help="answers sampled for each target (default: 50, or 5 with --prompt)")
     add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
-        help="show the reward of this line, 100=10+70+20, token by token, and of another: a second "
-             "one given here, or one that the reference answers and the preference rejects; "
+        help="show the reward of this line, 100=10+70+20, token by token, and of a second one: "
+             "given here, or an answer of the first checkpoint that the preference rejects; "
              "tokens.png goes beside the second checkpoint; name checkpoints before this flag")
     add("--beta", type=cli.positive, default=0.8, help="for --tokens")
-    add("--seed", type=cli.seed, default=0, help="of the sampled answers")
-    add("--json", action="store_true", help="print metrics, answers or credit as JSON")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the sampled answers")
+    add("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     if arguments.tokens and (len(arguments.tokens) > 2 or len(arguments.checkpoints) != 2):
-        parser.error("--tokens takes one or two lines and compares two checkpoints, reference first")
+        parser.error("--tokens takes one or two lines and two checkpoints, the reference first")
     return arguments
+
+
+def credits(reference, policy, arguments):
+    """`credit` of the lines that were asked for, drawn, too; and the same as text."""
+    picture = arguments.checkpoints[1].with_name("tokens.png")
+    cli.outputs(picture)
+    lines = [data.encode(text) + [data.END] for text in arguments.tokens]
+    if len(lines) == 1:  # the rejected one: what the reference says instead
+        rng, target = np.random.default_rng(arguments.seed), data.judge(lines[0]).target
+        answers = sample(reference, [target] * ANSWERS, 1.0, rng)
+        lines.append(next((line for line in answers if data.judge(line, arguments.prefer).outcome
+                           != "right, preferred"), answers[0]))
+    rows = [credit(policy, reference, line, arguments.beta) for line in lines]
+    import plots  # here, so that nothing else waits for matplotlib
+    plots.credit(rows, picture)
+    text = [f"{row['line']}  reward {row['reward']:+.2f}\n  " +
+            "  ".join(f"{token} {value:+.2f}" for token, value in row["tokens"]) for row in rows]
+    return rows, "\n".join([*text, f"wrote {picture}"])
 
 
 def main(argv=None):
@@ -193,36 +211,18 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     models = {str(path): load(path) for path in arguments.checkpoints}
     if arguments.tokens:
-        rows, text = credit_rows(*models.values(), arguments)
+        rows, text = credits(*map(load, arguments.checkpoints), arguments)
     elif arguments.prompt is None:
         rows = evaluate(models, arguments.seed, arguments.prefer, arguments.samples or ANSWERS,
                         arguments.temperature)
         text = table(rows)
     else:
+        width = max(map(len, models))
         rows = [{"checkpoint": name, **row} for name, model in models.items() for row in
                 answers_to(model, arguments.prompt, arguments.samples or 5, arguments.temperature,
                            arguments.seed, arguments.prefer)]
-        width = max(map(len, models))
         text = "\n".join(f"{row['checkpoint']:{width}}  {answer_line(row)}" for row in rows)
     print(json.dumps(rows, indent=2) if arguments.json else text)
-
-
-def credit_rows(reference, policy, arguments):
-    """`credit` of the lines that were asked for: as dicts, as text, and drawn."""
-    lines = [data.encode(text) + [data.END] for text in arguments.tokens]
-    if len(lines) == 1:  # the rejected one: what the reference says instead
-        rng, target = np.random.default_rng(arguments.seed), data.judge(lines[0]).target
-        answers = sample(reference, [target] * ANSWERS, 1.0, rng)
-        lines.append(next((line for line in answers if data.judge(line, arguments.prefer).outcome
-                           != "right, preferred"), answers[0]))
-    picture = arguments.checkpoints[1].with_name("tokens.png")
-    cli.outputs(picture)
-    rows = [credit(policy, reference, line, arguments.beta) for line in lines]
-    import plots
-    plots.credit(rows, picture)
-    text = [f"{row['line']}  reward {row['reward']:+.2f}\n  " +
-            "  ".join(f"{token} {value:+.2f}" for token, value in row["tokens"]) for row in rows]
-    return rows, "\n".join([*text, f"wrote {picture}"])
 
 
 if __name__ == "__main__":

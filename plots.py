@@ -109,7 +109,8 @@ def dpo_training(history, path):
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     loss.set(title="loss: down from ln 2", ylabel="loss (nats per pair)", ylim=(0, None))
     curves(accuracy, history, {"rewards/accuracies": (BLUE, "")})
-    accuracy.set(title="accuracy: chosen reward above rejected", ylabel="share of pairs", ylim=(0, 1.02))
+    accuracy.set(title="accuracy: chosen reward above rejected", ylabel="share of pairs",
+                 ylim=(0, 1.02))
     curves(margin, history, {"rewards/margins": (BLUE, "")})
     margin.set(title="margin: chosen minus rejected reward", ylabel="beta x nats")
     curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "),
@@ -120,8 +121,8 @@ def dpo_training(history, path):
     rows = [row for row in history if row["round"]]
     pairs.plot([row["round"] for row in rows], [row["pairs"] for row in rows], color=BLUE,
                linewidth=0.8)
-    pairs.set(title="pairs: fewer, as mistakes become rare", xlabel="round", ylabel="pairs in a round",
-              ylim=(0, None))
+    pairs.set(title="pairs: fewer, as mistakes become rare", xlabel="round",
+              ylabel="pairs in a round", ylim=(0, None))
     save(figure, path)
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import cli
 import data
 import eval as evaluation
-from cli import Progress, UserError
 from transformer import Config, Transformer
 
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
-POOL = 100_000  # different lines to train on; making new ones for every step would cost a fifth of it
+POOL = 100_000  # different lines to train on; making new ones for each step would take 15 % of it
 
 
 # The objective.
@@ -23,10 +22,9 @@ def completion_logps(model, ids):
 
     The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
     """
-    batch, length = len(ids), ids.shape[1] - 1
     token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())  # of the next token
-    token_logps = token_logps.reshape(batch, length)
-    return (token_logps * data.completion_mask(ids)[:, 1:]).sum(axis=1)
+    mask = data.completion_mask(ids)[:, 1:]  # (B, T - 1)
+    return (token_logps.reshape(*mask.shape) * mask).sum(axis=1)
 
 
 def sft_loss(model, ids, n_tokens=None):
@@ -44,21 +42,19 @@ def excess_nats(model, targets, rng, n=4000):
 
     The rule draws one of four counts k, then one of C(m - 1, k - 1) splits of the target m.
     """
-    lines = data.random_lines(n, rng, targets)
     excess = 0.0
-    for ids in data.by_length(lines, SHARD):
+    for ids in data.by_length(data.random_lines(n, rng, targets), 4 * SHARD):
         with no_grad():
-            logps = completion_logps(model, ids).numpy()
-        for line, logp in zip(ids, logps):
-            target, terms = data.parse(data.decode(line))
-            excess -= math.log(4 * math.comb(target - 1, len(terms) - 1)) + logp
+            excess -= float(completion_logps(model, ids).numpy().sum())
+        for target, terms in map(data.parse, map(data.decode, ids)):
+            excess -= math.log(4 * math.comb(target - 1, len(terms) - 1))
     return excess / n
 
 
 # Training.
 
 def train(model, batches, steps, lr, world=World()):
-    """The SFT loop, in every process of `world`: trains `model` in place on lines (B, T).
+    """The SFT loop, in every process of `world`: trains `model` in place on lines, int (B, T).
 
     `batches` yields the same in every process. Yields the loss of each step. Raises UserError when
     it is no longer finite.
@@ -75,7 +71,7 @@ def train(model, batches, steps, lr, world=World()):
         world.all_reduce_gradients(parameters)
         batch_loss = float(world.all_reduce(batch_loss))
         if not math.isfinite(batch_loss):
-            raise UserError(f"the loss became {batch_loss} at step {step + 1}; try a lower --lr")
+            raise cli.UserError(f"the loss is {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
         optimizer.step()
@@ -93,10 +89,9 @@ def random_batches(size, rng):
 def train_new_model(world, config, arguments):
     """What every process runs: a new model, trained. Returns it, the losses and the seconds."""
     model, losses = Transformer(config, arguments.seed), []
-    if world.rank == 0:
-        print(f"{sum(p.size for p in model.parameters()):,} parameters", flush=True)
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
-    batches, progress = random_batches(arguments.batch_size, rng), Progress(arguments.steps, "step")
+    batches = random_batches(arguments.batch_size, rng)
+    progress = cli.Progress(arguments.steps, "step")
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
         if world.rank == 0:
@@ -107,47 +102,46 @@ def train_new_model(world, config, arguments):
 
 # The program.
 
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.count, default=10_000, help="training steps")
-    add("--batch-size", type=cli.count, default=128, help="lines in a step")
+    add("--steps", type=cli.whole(1), default=10_000, help="training steps")
+    add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
-    add("--d-model", type=cli.count, default=32, help="width of the residual stream")
-    add("--n-layers", type=cli.count, default=3, help="number of blocks")
-    add("--n-heads", type=cli.count, default=4, help="attention heads; 2 n_heads divides d_model")
-    add("--d-hidden", type=cli.count, default=64, help="hidden width of the MLP")
-    add("--seed", type=cli.seed, default=0, help="of weights and lines; same seed, same run")
-    add("--processes", type=cli.processes, default=2, help="processes that share each batch")
+    add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")
+    add("--n-layers", type=cli.whole(1), default=3, help="number of blocks")
+    add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
+    add("--d-hidden", type=cli.whole(1), default=64, help="hidden width of the MLP")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of weights and lines")
+    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share each batch")
     add("--out", type=cli.checkpoint_path, default=Path("runs/sft.npz"),
-        help="the checkpoint to write; a .json and pictures go beside it")
+        help="the checkpoint to write; a .json and a picture go beside it")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Train from scratch; write checkpoint, log and pictures; print metrics and some answers."""
+    """Train from scratch; write checkpoint, log and picture; print metrics and some answers."""
     arguments = parse_arguments(argv)
     out = arguments.out
-    log, loss_picture, terms_picture = cli.outputs(out, ".json", "-loss.png", "-dist.png")
+    log, picture = cli.outputs(out, ".json", "-loss.png")
     try:
         config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                         arguments.d_hidden, data.MAX_LEN)
     except ValueError as error:
-        raise UserError(error) from None
+        raise cli.UserError(error) from None
     model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
 
     evaluation.save(model, out)
-    import plots  # here, so that --help need not wait for matplotlib
     rows = evaluation.evaluate({str(out): model})
-    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds,
-                         "history": {"loss": losses}, "metrics": rows})
-    plots.sft_loss(losses, loss_picture)
-    plots.distribution(rows, terms_picture)
+    excess = {name: excess_nats(model, targets, np.random.default_rng(0)) for name, targets in
+              (("trained", data.TRAINING), ("held-out", data.HELD_OUT))}
+    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "metrics": rows,
+                         "excess_nats": excess, "history": {"loss": losses}})
+    import plots  # here, so that --help need not wait for matplotlib
+    plots.sft_loss(losses, picture)
     print(f"\n{evaluation.table(rows)}\n")
-    rng = np.random.default_rng(0)
-    print("short of the rule that makes the lines by {:.2f} nats a line on trained targets, {:.2f} on "
-          "held-out\n".format(*(excess_nats(model, targets, rng) for targets in
-                                (data.TRAINING, data.HELD_OUT))))
+    print("excess: " + ", ".join(f"{nats:.2f} nats a line on {name} targets"
+                                 for name, nats in excess.items()), "(0 is the rule itself)\n")
     for target in evaluation.EXAMPLES:
         print(evaluation.answer_line(evaluation.answers_to(model, target, 0)[0]))
     print(f"\nwrote {out}; next: python dpo.py --beta 0.8 --sft {out}")

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import numbers
-import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -19,7 +18,7 @@ class Config:
     n_layers: int = 3
     n_heads: int = 4
     d_hidden: int = 64
-    max_len: int = 24  # tokens of a line; noted with the weights, rotary positions do not need it
+    max_len: int = 24  # tokens of a line; for the record, rotary positions do not need it
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -113,36 +112,27 @@ class Transformer:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
-        if min(map(len, prompts)) < 1:
+        starts = np.array([len(ids) for ids in prompts])
+        if starts.min() < 1:
             raise ValueError("a prompt needs at least one token")
-        prompt_lengths = np.array([len(ids) for ids in prompts])
-        stops = prompt_lengths + max_new_tokens  # (B,): lowered to where a row ends
-        text = data.pad(prompts, stops.max())  # (B, total)
-        caches = self._caches(len(prompts), stops.max())  # (L, 2, total, H, d, B)
+        stops = starts + max_new_tokens  # (B,): lowered to where a row ends
+        text, c = data.pad(prompts, stops.max()), self.config  # (B, total)
+        keys, values = np.empty((2, c.n_layers, stops.max(), c.n_heads, c.d_model // c.n_heads,
+                                 len(prompts)), self._parameters["head"].dtype)
         going = np.arange(len(prompts))  # the rows that are not finished
-        for column in range(stops.max() - 1):
-            new = _choose(self._next_logits(text[going, column], caches, column), temperature, rng)
-            writing = column + 1 >= prompt_lengths[going]
-            text[going[writing], column + 1] = new[writing]
-            stops[going[writing & (new == end)]] = column + 2
-            keep = stops[going] > column + 2
-            if not keep.any():
+        for column in range(1, stops.max()):
+            with no_grad():  # the position before `column`, after those whose keys are kept
+                logits = self._logits(text[going, column - 1], lambda qkv, i: F.cached_attention(
+                    qkv, c.n_heads, keys[i], values[i], column - 1)).data  # (V, B)
+            new, writes = _choose(logits, temperature, rng), starts[going] <= column
+            text[going[writes], column] = new[writes]
+            stops[going[writes & (new == end)]] = column + 1
+            stay = stops[going] > column + 1
+            if not stay.all():  # finished rows leave the batch
+                going, keys, values = going[stay], keys[..., stay], values[..., stay]
+            if not going.size:
                 break
-            if not keep.all():  # finished rows leave the batch
-                going, caches = going[keep], caches[..., keep]
-        return [row[start:stop].tolist() for row, start, stop in zip(text, prompt_lengths, stops)]
-
-    def _caches(self, batch, length):
-        """Room for the keys and values of every layer."""
-        c = self.config
-        shape = c.n_layers, 2, length, c.n_heads, c.d_model // c.n_heads, batch
-        return np.empty(shape, self._parameters["head"].dtype)
-
-    def _next_logits(self, ids, caches, position):
-        """Logits (V, B) of one more token, int (B,), after those whose keys are in `caches`."""
-        with no_grad():
-            return self._logits(ids, lambda qkv, layer: F.cached_attention(
-                qkv, self.config.n_heads, *caches[layer], position)).data
+        return [row[start:stop].tolist() for row, start, stop in zip(text, starts, stops)]
 
     def save(self, path):
         """Write weights and config as .npz; what is there stays until the new file is complete.
@@ -160,61 +150,43 @@ class Transformer:
         """The model of a checkpoint. Raises OSError for a file that cannot be read, ValueError for
         one that is no checkpoint of this edition."""
         with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError(f"{path} is no checkpoint, or damaged")
-            file.seek(0)
             try:
-                with np.load(file, allow_pickle=False) as archive:  # a pickle could run code
-                    model = cls(_load_config(archive))
+                with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
+                    model = cls(_checked_config(archive))
                     for name, parameter in model._parameters.items():
-                        parameter.data = _load_array(archive, name)
+                        parameter.data = np.ascontiguousarray(archive[name], np.float32)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-                raise ValueError(f"{path} is damaged, or no checkpoint ({error})") from error
+                raise ValueError(f"{path} is no checkpoint, or damaged: {error}") from error
+        if not all(np.isfinite(parameter.data).all() for parameter in model.parameters()):
+            raise ValueError(f"{path} holds NaN or infinity")
         return model
 
 
-def _load_config(archive):
-    """The Config of a checkpoint, once it fits the number of arrays that are there."""
-    if "config" not in archive.files or archive.zip.getinfo("config.npy").file_size > 10_000:
-        raise ValueError("it has no config")
+def _checked_config(archive):
+    """The Config of a checkpoint. Raises ValueError unless the arrays are those of its sizes. Only
+    their headers are read: a damaged file could ask for any amount of memory."""
+    if archive.zip.getinfo("config.npy").file_size > 10_000:
+        raise ValueError("its config is too long")
     fields = json.loads(archive["config"].item())
     config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
     if 6 * config.n_layers + 3 != len(archive.files) - 1:  # before a list of them is made
         raise ValueError(f"it holds {len(archive.files) - 1} arrays, not those of its config")
     for name, shape in parameter_shapes(config).items():
-        _check_header(archive, name, shape)
+        with archive.zip.open(f"{name}.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+            found, _, dtype = read_header(member)
+        if found == shape[::-1] != shape:
+            raise ValueError(f"it is of the first edition, whose {name} lies transposed")
+        if found != shape or dtype.kind != "f":
+            raise ValueError(f"{name} should be float32 {shape}, found {dtype} {found}")
     return config
-
-
-def _check_header(archive, name, shape):
-    """Raise ValueError unless the array is of `shape` and floating; its numbers are not read yet:
-    a damaged header could ask for any amount of memory."""
-    if name not in archive.files:
-        raise ValueError(f"{name} is missing")
-    with archive.zip.open(f"{name}.npy") as member:
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                       (2, 0): np.lib.format.read_array_header_2_0}
-        found, _, dtype = read_header[np.lib.format.read_magic(member)](member)
-    if found == shape[::-1] != shape:
-        raise ValueError(f"it is of the first edition: {name} lies transposed")
-    if found != shape or dtype.kind != "f":
-        raise ValueError(f"{name} should be float32 {shape}, found {dtype} {found}")
-
-
-def _load_array(archive, name):
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
-        array = np.ascontiguousarray(archive[name], np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity")
-    return array
 
 
 def _choose(logits, temperature, rng):
     """One token id for each column: (V, B) -> (B,)."""
     if not temperature:
         return logits.argmax(axis=0)
-    logits = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is as good
-        scaled = (logits - logits.max(axis=0)) / temperature
+    scaled = (logits.astype(np.float64) - logits.max(axis=0)) / temperature
     cumulative = np.cumsum(np.exp(scaled), axis=0)  # (V, B)
     return (cumulative <= rng.random(logits.shape[1]) * cumulative[-1]).sum(axis=0)

@@ -1,8 +1,8 @@
 """The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
-An activation is a matrix with one column for each position: (D, N), N = B T, line after line. The
-formulas are in columns, too. D features, N positions, B lines, T positions a line, H heads of
-width d, V tokens. In each derivation g = dL/dy, L the loss and y what the op returns.
+An activation is a matrix with one column for each position: (D, N), N = B T, line after line.
+B lines of T positions, D features, H heads of width d, V tokens. In each derivation g = dL/dy, L
+the loss and y what the op returns.
 """
 import numpy as np
 
@@ -24,9 +24,8 @@ def embedding(weight, ids):
 def rms_norm(x, eps=1e-6):
     """y = x / rms(x) for each column, rms(x) = sqrt(mean(x^2) + eps): (D, N) -> (D, N).
 
-    Zhang & Sennrich 2019, Eq. 4, without its learned scale, which belongs to the next matrix:
-    W (s y) = (W s) y. As d rms / dx_j = x_j / (D rms), dy_i / dx_j = (delta_ij - y_i y_j / D) / rms.
-    Therefore dL/dx = (g - y mean(g y)) / rms.
+    Zhang & Sennrich 2019, Eq. 4, without its learned scale. As d rms / dx_j = x_j / (D rms),
+    dy_i / dx_j = (delta_ij - y_i y_j / D) / rms, and so dL/dx = (g - y mean(g y)) / rms.
     """
     rms = np.sqrt(np.einsum("dn,dn->n", x.data, x.data) / len(x.data) + x.dtype.type(eps))  # (N,)
     out = x.data / rms

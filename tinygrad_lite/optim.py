@@ -18,12 +18,11 @@ class Adam:
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         if not (isinstance(parameters, (list, tuple)) and parameters
                 and all(isinstance(p, Tensor) for p in parameters)):
-            raise TypeError(f"parameters must be a list of Tensors, not {type(parameters).__name__}"
-                            f" {parameters!r:.50}")
+            raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
         self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        self.ends = np.cumsum([p.size for p in self.parameters])
-        self.mean, self.square = np.zeros((2, self.ends[-1]), self.parameters[0].dtype)  # m and v
+        self.mean = np.zeros_like(flat_gradients(parameters))  # m
+        self.square = np.zeros_like(self.mean)  # v
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
@@ -35,10 +34,10 @@ class Adam:
         self.square += (1 - beta2) * (grad * grad - self.square)
         update = (self.mean * (self.lr / (1 - beta1 ** self.steps))
                   / (np.sqrt(self.square / (1 - beta2 ** self.steps)) + self.eps))
-        for p, piece in zip(self.parameters, np.split(update, self.ends[:-1])):
+        for p, piece in zip(self.parameters, split_like(update, self.parameters)):
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay
-            p.data -= piece.reshape(p.shape)
+            p.data -= piece
 
     def zero_grad(self):
         """Forget the gradients."""
@@ -50,6 +49,12 @@ def flat_gradients(parameters):
     """All gradients one after the other in one vector, zeros for a .grad of None."""
     return np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
                            for p in parameters])
+
+
+def split_like(vector, parameters):
+    """The inverse: a vector cut into arrays of the parameters' shapes."""
+    ends = np.cumsum([p.size for p in parameters])
+    return [piece.reshape(p.shape) for p, piece in zip(parameters, np.split(vector, ends[:-1]))]
 
 
 def clip_grad_norm(parameters, max_norm):

@@ -1,11 +1,10 @@
 """One program in several processes: each computes its share of a batch, gradients are added up.
 
 As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
-same optimizer step. Only sums travel, through shared memory. Threads would not do: an op takes some
-20 microseconds here, and a thread would wait as long for Python's lock after each.
+same optimizer steps. Only sums travel, through shared memory. Threads would not do: an op takes
+some 20 microseconds here, and a thread would wait as long for Python's lock after each.
 """
 import contextlib
-import multiprocessing
 import multiprocessing.resource_tracker
 import signal
 import sys
@@ -13,13 +12,9 @@ import traceback
 
 import numpy as np
 
-from .optim import flat_gradients
+from .optim import flat_gradients, split_like
 
 CHUNK = 2 ** 19  # bytes that a process puts into shared memory at a time
-
-
-class ProcessKilled(Exception):
-    """A process of the run ended before its work was done."""
 
 
 class World:
@@ -29,7 +24,8 @@ class World:
     """
 
     def __init__(self, rank=0, world_size=1, pipes=(), processes=(), buffer=b""):
-        self.rank, self.world_size, self._pipes, self._processes = rank, world_size, pipes, processes
+        self.rank, self.world_size = rank, world_size
+        self._pipes, self._processes = pipes, processes
         self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # half, rank, byte
 
     def share(self, items):
@@ -38,52 +34,45 @@ class World:
 
     def all_reduce(self, array):
         """The sum of `array` over all processes, all of which must call this. In rank order, so
-        that every process gets the same bits. Raises ProcessKilled if one cannot take part."""
+        that every process gets the same bits. Raises ChildProcessError if one has been killed."""
         array = np.asarray(array)
         if self.world_size == 1:
             return array
-        step = CHUNK // array.itemsize
-        pieces = np.split(array.ravel(), range(step, array.size, step))
-        return np.concatenate([self._sum(piece) for piece in pieces]).reshape(array.shape)
+        pieces, step = [], CHUNK // array.itemsize
+        for start in range(0, array.size, step):
+            piece = array.ravel()[start:start + step]
+            slots = self._slots[0][:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
+            slots[self.rank] = piece
+            self.wait_for_all()
+            pieces.append(slots.sum(axis=0))
+            # Writing goes on in the other half: who comes back to this one knows all have read it.
+            self._slots = self._slots[::-1]
+        return np.concatenate(pieces).reshape(array.shape)
 
     def all_reduce_gradients(self, parameters):
         """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
-        ends = np.cumsum([p.size for p in parameters])
         total = self.all_reduce(flat_gradients(parameters))
-        for p, piece in zip(parameters, np.split(total, ends[:-1])):
-            p.grad = piece.reshape(p.shape)
+        for p, grad in zip(parameters, split_like(total, parameters)):
+            p.grad = grad
 
     def wait_for_all(self):
-        """Return once every process has come here."""
+        """Return once every process has come here; raise what another one raised instead."""
         try:
-            if self.rank == 0:
-                for pipe in self._pipes:
-                    if failure := pipe.recv():
-                        error, text = failure
-                        raise error from RuntimeError(f"in another process:\n{text}")
+            for pipe in self._pipes if self.rank == 0 else ():
+                if failure := pipe.recv():
+                    error, text = failure
+                    raise error from RuntimeError(f"in another process:\n{text}")
             for pipe in self._pipes:
                 pipe.send(None)
             if self.rank > 0:
-                self._pipes[0].recv()
-        except (EOFError, ConnectionError):  # the other end of `pipe` is gone
-            raise ProcessKilled(self._who_died(pipe)) from None
-
-    def _sum(self, piece):
-        slots = self._slots[0][:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
-        slots[self.rank] = piece
-        self.wait_for_all()
-        # Writing goes on in the other half. Who is back here has been waited for by all, so all
-        # have read this one.
-        self._slots = self._slots[::-1]
-        return slots.sum(axis=0)
-
-    def _who_died(self, pipe):
-        if self.rank > 0:
-            return "process 0 was killed; the run has ended"
-        process = self._processes[self._pipes.index(pipe)]
-        process.join(timeout=1)
-        how = f"killed by signal {-process.exitcode}" if (process.exitcode or 0) < 0 else "gone"
-        return f"{process.name} was {how}; nothing was saved, run it again"
+                pipe.recv()
+        except (EOFError, ConnectionError):  # nobody holds the other end of `pipe` any more
+            name = "process 0"
+            if self.rank == 0:
+                process = self._processes[self._pipes.index(pipe)]
+                process.join(timeout=1)
+                name = f"{process.name} of {self.world_size} (exit code {process.exitcode})"
+            raise ChildProcessError(f"{name} was killed; the run has ended") from None
 
 
 def launch(world_size, function, *arguments):
@@ -91,34 +80,46 @@ def launch(world_size, function, *arguments):
 
     Rank 0 is this process. Where processes start afresh (macOS, Windows), `function` must be
     defined at the top of a module, the arguments must be plain values, and a script needs
-    `if __name__ == "__main__"`. An exception in any process ends all and is raised here;
-    ProcessKilled if one was killed.
+    `if __name__ == "__main__"`. An exception in any process ends all and is raised here,
+    ChildProcessError if one was killed.
     """
     if world_size == 1:
         return function(World(), *arguments)
-    buffer = multiprocessing.RawArray("B", 2 * world_size * CHUNK)
-    processes, pipes = [], []
+    buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
     try:
         with _ctrl_c_later():
             for rank in range(1, world_size):
                 pipe, their_pipe = multiprocessing.Pipe()
                 process = multiprocessing.Process(
-                    target=_work, name=f"process {rank} of {world_size}", daemon=True,
-                    args=(rank, world_size, their_pipe, pipe, buffer, np.geterr(), function,
-                          arguments))
-                processes.append(process)
-                pipes.append(pipe)
+                    target=_work, name=f"process {rank}", daemon=True, args=(
+                        rank, world_size, their_pipe, pipe, buffer, np.geterr(), function,
+                        arguments))
                 process.start()
                 their_pipe.close()
+                processes.append(process)
+                pipes.append(pipe)
         world = World(0, world_size, pipes, processes, buffer)
         result = function(world, *arguments)
         world.wait_for_all()
         return result
     finally:
         for process in processes:
-            if process.pid:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def _ctrl_c_later():
+    """Ctrl-C waits until all processes are started; they inherit that, and never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # started later, it would let Ctrl-C in
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, arguments):
@@ -130,22 +131,8 @@ def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, 
     try:
         function(world, *arguments)
         world.wait_for_all()
-    except ProcessKilled as error:
+    except ChildProcessError as error:
         print(error, file=sys.stderr)
     except Exception as error:
         pipe.send((error, traceback.format_exc()))
-        pipe.recv()  # wait to be ended
-
-
-@contextlib.contextmanager
-def _ctrl_c_later():
-    """Ctrl-C waits until all processes are started; they inherit that, and never see it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    multiprocessing.resource_tracker.ensure_running()  # else it starts below, and lets Ctrl-C in
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pipe.recv()  # nothing comes: rank 0 raises the error and ends this process

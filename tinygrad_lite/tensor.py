@@ -3,14 +3,13 @@
 An op is a plain function. It computes its result with NumPy and ends with
 `return Tensor(out, parents=..., backward=backward)`. The nested `backward(grad)` receives the
 gradient of the loss with respect to `out` and returns one gradient for each parent: the chain rule.
-It never writes into `grad`, which another op may hold, too. Ops do not touch `.grad` either;
-`Tensor.backward` fills it in for the leaves, the Tensors that no op made.
+It never writes into `grad`, which another op may hold, too. `Tensor.backward` calls these functions
+from the newest node to the oldest and leaves a `.grad` at the leaves, the Tensors no op made.
 """
 import contextlib
 import contextvars
 import itertools
 import numbers
-from operator import attrgetter
 
 import numpy as np
 
@@ -31,12 +30,11 @@ def no_grad():
 class Tensor:
     """An array that remembers how it was computed.
 
-    `data`: ndarray, list or number. float32 and float64 arrays keep their dtype, all other real
-    numbers become float32; TypeError for anything else. Ops keep references to `data`, not copies:
-    do not change it in place between forward and backward, the gradients would be wrong.
-    `grad`: None, or an array of data's shape and dtype, to which `backward()` adds.
-    `parents` and `backward` are for ops: the Tensors this one was computed from, and the function
-    that turns its gradient into theirs.
+    `data`: ndarray, list or number. float32 and float64 arrays keep their dtype, other real numbers
+    become float32; TypeError for anything else. Ops refer to `data`, they do not copy it: changed
+    in place between forward and backward, it makes gradients wrong, silently. `grad`: None, or an
+    array of data's shape and dtype, to which `backward()` adds. `parents` and `backward` are for
+    ops: what this Tensor was computed from, and the function that turns its gradient into theirs.
     """
     __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
@@ -68,21 +66,37 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError("backward() of a tensor that does not require a gradient")
-        ones = grad is None and self.size == 1
-        grad = np.ones(self.shape, self.dtype) if ones else np.asarray(grad, self.dtype)
-        if grad.shape != self.shape:
+        grad = np.ones(self.shape) if grad is None and self.size == 1 else grad
+        if np.shape(grad) != self.shape or grad is None:
             raise ValueError(f"backward() of shape {self.shape} needs a gradient of that shape")
-        # A node is made after its parents. So in the order of age, newest first, all consumers of a
-        # node come before it: when its turn comes, its gradient is complete.
-        grads, nodes = {self: grad}, _reachable(self)
+        grads, nodes = {self: np.asarray(grad, self.dtype)}, self._history()
         while nodes:
-            node = nodes.pop()
-            grad = grads.pop(node)
-            if node.backward_fn is None:  # a leaf; a copy, as an op may give one array to two
+            node = nodes.pop()  # all its consumers are newer, so its gradient is complete
+            grad, parents, backward = grads.pop(node), node.parents, node.backward_fn
+            if backward is None:  # a leaf; a copy, as an op may give one array to two
                 node.grad = np.array(grad) if node.grad is None else node.grad + grad
                 continue
-            for parent, parent_grad in _parent_gradients(node, grad):
-                grads[parent] = grads[parent] + parent_grad if parent in grads else parent_grad
+            node.parents = node.backward_fn = None  # free what the forward pass saved
+            for parent, new in zip(parents, backward(grad), strict=True):
+                if not parent.requires_grad:
+                    continue
+                if (getattr(new, "dtype", None), np.shape(new)) != (parent.dtype, parent.shape):
+                    raise RuntimeError(f"{backward.__qualname__} returned a wrong gradient for a "
+                                       f"{parent.dtype} tensor of shape {parent.shape}: {new!r}")
+                grads[parent] = grads[parent] + new if parent in grads else new
+
+    def _history(self):
+        """Self and every Tensor that it was computed from and that needs a gradient, oldest first:
+        no recursion, as a graph may be deeper than Python's stack."""
+        found, stack = {self}, [self]
+        while stack:
+            parents = stack.pop().parents
+            if parents is None:
+                raise RuntimeError("an earlier backward() has freed this graph; compute it again")
+            new = [p for p in parents if p.requires_grad and p not in found]
+            found.update(new)
+            stack += new
+        return sorted(found, key=lambda node: node.serial)
 
     # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
 
@@ -104,12 +118,9 @@ class Tensor:
     def __pow__(self, exponent):
         if not isinstance(exponent, numbers.Real):
             raise TypeError(f"the exponent must be a number, not {type(exponent).__name__}")
-        exponent = float(exponent)  # a NumPy float64 would turn float32 into float64
-
-        def backward(grad):
-            slope = exponent * self.data ** (exponent - 1) if exponent else np.zeros_like(self.data)
-            return (grad * slope,)
-        return Tensor(self.data ** exponent, parents=(self,), backward=backward)
+        n = float(exponent)  # a NumPy float64 would turn float32 into float64
+        return Tensor(self.data ** n, parents=(self,), backward=lambda grad: (
+            grad * n * self.data ** (n - 1) if n else np.zeros_like(grad),))
 
     def exp(self):
         out = np.exp(self.data)
@@ -152,24 +163,22 @@ class Tensor:
             if axis is not None and not keepdims:
                 grad = np.expand_dims(grad, axis)
             return (np.broadcast_to(grad, self.shape),)
-        out = self.data.sum(axis=axis, keepdims=keepdims)
-        return Tensor(out, parents=(self,), backward=backward)
+        return Tensor(self.data.sum(axis=axis, keepdims=keepdims), parents=(self,),
+                      backward=backward)
 
     def mean(self, axis=None, keepdims=False):
         total = self.sum(axis, keepdims)
         return total * (total.size / self.size)
 
     def reshape(self, *shape):
-        out = self.data.reshape(*shape)
-        return Tensor(out, parents=(self,), backward=lambda grad: (grad.reshape(self.shape),))
+        return Tensor(self.data.reshape(*shape), parents=(self,),
+                      backward=lambda grad: (grad.reshape(self.shape),))
 
     def transpose(self, *axes):
-        """Axis i of the result is axis axes[i] of self, as in NumPy and torch's permute; without
-        axes, all are reversed."""
+        """Axis i of the result is axis axes[i] of self; without axes, all are reversed."""
         out = self.data.transpose(axes or None)
-        order = [axis % self.ndim for axis in axes or reversed(range(self.ndim))]
-        return Tensor(out, parents=(self,),
-                      backward=lambda grad: (grad.transpose(np.argsort(order)),))
+        inverse = np.argsort([axis % self.ndim for axis in axes or reversed(range(self.ndim))])
+        return Tensor(out, parents=(self,), backward=lambda grad: (grad.transpose(inverse),))
 
     def __getitem__(self, index):
         """self[index] for any NumPy index; an element taken twice receives both gradients."""
@@ -182,10 +191,9 @@ class Tensor:
 
 def _real(data):
     """`data` as an array of real numbers. Raises TypeError for anything else, text too."""
-    array = np.asarray(data) if not isinstance(data, Tensor) else np.asarray(None)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"expected an array, list or number, all real, not {type(data).__name__}"
-                        f" of {array.dtype}")
+    array = None if isinstance(data, Tensor) else np.asarray(data)
+    if array is None or array.dtype.kind not in "fiub":
+        raise TypeError(f"expected real numbers, as array, list or number, not {type(data)}")
     return array
 
 
@@ -198,33 +206,5 @@ def _binary(out, a, b, backward):
         new = grad.ndim - len(shape)
         axes = [*range(new), *(new + i for i, n in enumerate(shape) if n == 1)]
         return grad.sum(axis=tuple(axes)).reshape(shape)
-
     return Tensor(out, parents=(a, b), backward=lambda grad: [
         sum_to(g, parent.shape) for g, parent in zip(backward(grad), (a, b))])
-
-
-def _reachable(root):
-    """All Tensors with a gradient that `root` was computed from, and itself, oldest first."""
-    found, stack = {root}, [root]
-    while stack:  # no recursion: a graph may be deeper than Python's stack
-        parents = stack.pop().parents
-        if parents is None:
-            raise RuntimeError("an earlier backward() has freed this graph; compute it again first")
-        new = [p for p in parents if p.requires_grad and p not in found]
-        found.update(new)
-        stack += new
-    return sorted(found, key=attrgetter("serial"))
-
-
-def _parent_gradients(node, grad):
-    """[(parent, its gradient), ...] of a node, which forgets what its forward pass saved."""
-    parents, backward = node.parents, node.backward_fn
-    node.parents = node.backward_fn = None
-    pairs = [(parent, parent_grad) for parent, parent_grad in
-             zip(parents, backward(grad), strict=True) if parent.requires_grad]
-    for parent, parent_grad in pairs:
-        dtype, shape = getattr(parent_grad, "dtype", None), np.shape(parent_grad)
-        if (dtype, shape) != (parent.dtype, parent.shape):
-            raise RuntimeError(f"{backward.__qualname__} returned {dtype} {shape} as the gradient "
-                               f"of a {parent.dtype} tensor of shape {parent.shape}")
-    return pairs

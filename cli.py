@@ -16,7 +16,7 @@ import tinygrad_lite  # noqa: F401  before NumPy, for the number of BLAS threads
 import numpy as np
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that one line can explain: printed on stderr, exit code 2, no traceback."""
 
 
@@ -61,7 +61,7 @@ def _stop(*_):
         for part in list(_unfinished):
             with contextlib.suppress(OSError):
                 os.unlink(part)
-        os.write(2, b"\nstopped\n" if sys.stdout.isatty() else b"stopped\n")
+        os.write(2, b"stopped\n")
     os._exit(130)
 
 
@@ -102,12 +102,19 @@ def checkpoint_path(text):
     return Path(text)
 
 
+def add_training_flags(parser, out):
+    add = parser.add_argument
+    add("--seed", type=whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
+    add("--processes", type=whole(1, 64), default=2, help="processes that share the work")
+    add("--out", type=checkpoint_path, default=out,
+        help="the checkpoint to write; a .json and pictures go beside it")
+
+
 class Progress:
-    """One line that tells how a run goes: in place on a terminal, every few seconds elsewhere."""
+    """A line every five seconds that tells how a run goes."""
 
     def __init__(self, total, unit):
         self.total, self.unit, self.started, self.next = total, unit, time.perf_counter(), 0.0
-        self.terminal = sys.stdout.isatty()
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -115,13 +122,10 @@ class Progress:
     def show(self, done, text):
         """Print `text` and the time left after `done` of the total, if it is time to."""
         now = self.seconds()
-        if now < self.next and done < self.total:
-            return
-        self.next = now + (0.2 if self.terminal else 5.0)
-        left = math.ceil(now / done * (self.total - done))
-        line = f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left"
-        stay = self.terminal and done < self.total
-        print("\r\x1b[K" * self.terminal + line, end="" if stay else "\n", flush=True)
+        if now >= self.next or done == self.total:
+            self.next, left = now + 5, math.ceil(now / done * (self.total - done))
+            print(f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left",
+                  flush=True)
 
 
 # Files.

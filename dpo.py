@@ -3,7 +3,6 @@ import itertools
 import math
 import random
 from pathlib import Path
-from typing import NamedTuple
 
 import tinygrad_lite.functional as F
 from tinygrad_lite import Adam, World, clip_grad_norm, cosine_schedule, launch, no_grad
@@ -14,7 +13,7 @@ import data
 import eval as evaluation
 from sft import SHARD, completion_logps
 
-PATIENCE = 10  # rounds in a row without a pair before a run ends
+PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # TRL's names
@@ -43,70 +42,62 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
 
 
 def pair_logps(model, pairs):
-    """log p(completion | prompt) of chosen and rejected, in one forward: ids (P, 2, T) -> (P,)
-    each."""
+    """log p(completion | prompt) of chosen and rejected lines: ids (P, 2, T) -> (P,) each."""
     logps = completion_logps(model, pairs.reshape(-1, pairs.shape[-1]))  # chosen, rejected, ...
     return logps[::2], logps[1::2]
 
 
 def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """What a DPO run logs of log-probabilities (pairs,), under TRL's names; means over pairs.
+    """What a run logs of log-probabilities (P,), in the order of LOGGED; means over pairs.
 
     A reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4).
     """
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
-    columns = {"rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected,
-               "logps/chosen": policy_chosen, "logps/rejected": policy_rejected}
-    return {name: float(np.mean(values)) for name, values in columns.items()}
+    return [float(np.mean(values)) for values in (
+        chosen, rejected, chosen - rejected, chosen > rejected, policy_chosen, policy_rejected)]
 
 
-# Preference pairs. A source of them is a generator of one Round after the other, in every process
-# its own part.
+def loss_and_log(policy, reference, pairs, beta):
+    """dpo_loss of pairs, ids (P, 2, T), and the numbers that a run logs, in the order of LOGGED."""
+    policy_logps = pair_logps(policy, pairs)
+    with no_grad():
+        reference_logps = pair_logps(reference, pairs)
+    loss = dpo_loss(*policy_logps, *reference_logps, beta)
+    arrays = (logps.numpy() for logps in (*policy_logps, *reference_logps))
+    return loss, np.array([loss.item(), *rewards(*arrays, beta)])
 
-class Round(NamedTuple):
-    """`pairs`: ids (P, 2, T), the chosen line first; P may be 0. `n_good` and `n_other`: of the
-    answers they come from, those that could be chosen and those that could be rejected."""
-    pairs: np.ndarray
-    n_good: int
-    n_other: int
 
+# Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.
 
-def judged_round(model, targets, n_answers, prefer, rng):
-    """A Round of n_answers of the model to each of the targets, sampled and judged.
+def judged_pairs(model, targets, n_answers, prefer, rng):
+    """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged.
 
     Answers to one target that are right and preferred are paired off with others, one to one; what
     is left over is dropped.
     """
     lines = evaluation.sample(model, np.repeat(targets, n_answers).tolist(), 1.0, rng)
-    paired, n_good = [], 0
+    paired = []
     for start in range(0, len(lines), n_answers):
         answers = lines[start:start + n_answers]
         good = [line for line in answers if data.judge(line, prefer).outcome == data.OUTCOMES[0]]
         others = [line for line in answers if line not in good]
-        for chosen, rejected in zip(good, others):
-            paired += [chosen, rejected]
-        n_good += len(good)
-    pairs = data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
-    return Round(pairs, n_good, len(lines) - n_good)
+        paired += itertools.chain(*zip(good, others))
+    return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
 
-def online_rounds(policy, n_prompts, n_answers, prefer, rng):
-    """Answers sampled afresh for every round, from the policy as it is by then."""
-    while True:
-        yield judged_round(policy, rng.choice(data.TRAINING, n_prompts), n_answers, prefer, rng)
-
-
-def once_rounds(reference, n_prompts, n_answers, prefer, rng):
-    """Answers sampled once, from the reference, for 50 rounds, which come again and again, their
-    pairs in another order each time."""
-    targets = rng.choice(data.TRAINING, 50 * n_prompts)
-    pairs, n_good, n_other = judged_round(reference, targets, n_answers, prefer, rng)
-    while True:
-        rng.shuffle(pairs)
-        for part in np.array_split(pairs, 50):
-            yield Round(part, n_good, n_other)
+def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
+    """Judged pairs for one round after the other. Every fresh_every rounds they are drawn anew,
+    from the policy as it is by then, for as many rounds, 50 at most; then they come again."""
+    n_rounds = min(fresh_every, 50)
+    for i in itertools.count():
+        if i % fresh_every == 0:
+            targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
+            pairs = judged_pairs(policy, targets, n_answers, prefer, rng)
+        if i % fresh_every % n_rounds == 0:
+            rng.shuffle(pairs)
+            parts = np.array_split(pairs, n_rounds)
+        yield parts[i % fresh_every % n_rounds]
 
 
 def rule_rounds(n_pairs, prefer, rng):
@@ -120,84 +111,60 @@ def rule_rounds(n_pairs, prefer, rng):
         lines = [data.random_line(target, count, rng)
                  for target in rng.choices(data.TRAINING, k=n_pairs)
                  for count in (prefer, rng.choice(others))]
-        yield Round(data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN), n_pairs, n_pairs)
+        yield data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
 
 # Training.
 
-def loss_and_log(policy, reference, pairs, beta):
-    """`dpo_loss` of pairs, ids (P, 2, T), and what a run logs of them."""
-    policy_logps = pair_logps(policy, pairs)
-    with no_grad():
-        reference_logps = pair_logps(reference, pairs)
-    loss = dpo_loss(*policy_logps, *reference_logps, beta)
-    numbers = (logps.numpy() for logps in (*policy_logps, *reference_logps))
-    return loss, {"loss": loss.item(), **rewards(*numbers, beta)}
-
-
 def train(policy, reference, source, rounds, beta, lr, world=World()):
-    """The DPO loop, in every process of `world`: one step for each Round of `source`. Yields logs.
+    """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
+    which every process has its own. Trains `policy` in place; `reference` is only read.
 
-    Trains `policy` in place; `reference` is only read. A log is a dict about the pairs of all
-    processes before the step: at first policy and reference are one, the loss is ln 2. A round
-    without pairs is skipped, with 0 "pairs" in its log. After PATIENCE of them in a row training
-    ends, if nothing is left to reject; if nothing could be chosen, that is a UserError. So is a
-    loss that is no longer finite.
+    Yields a log a round, a dict about the pairs of all processes before the step: at first policy
+    and reference are one, the loss is ln 2. A round without pairs is skipped, its log says 0
+    "pairs"; after PATIENCE of them in a row training ends. Raises UserError when the loss is no
+    longer finite.
     """
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
-    skipped = []
-    for step, (pairs, n_good, n_other) in zip(range(rounds), source):
-        n_pairs, n_good, n_other = world.all_reduce([len(pairs), n_good, n_other]).tolist()
+    empty = 0
+    for step, pairs in zip(range(rounds), source):
+        n_pairs = int(world.all_reduce(len(pairs)))
         if n_pairs == 0:
             yield {"round": step + 1, "pairs": 0}
-            skipped.append((n_good, n_other))
-            if len(skipped) == PATIENCE:
-                return check_nothing_left(skipped)
+            empty += 1
+            if empty == PATIENCE:
+                return
             continue
-        skipped, log = [], np.zeros(len(LOGGED))
+        empty, log = 0, np.zeros(len(LOGGED))
         for shard in data.by_length(pairs, SHARD // 2):
             loss, shard_log = loss_and_log(policy, reference, shard, beta)
             weight = len(shard) / n_pairs
             loss = loss * weight
             loss.backward()
-            log += weight * np.array(list(shard_log.values()))
+            log += shard_log * weight
         world.all_reduce_gradients(parameters)
-        log = dict(zip(LOGGED, world.all_reduce(log).tolist()))
-        if not math.isfinite(log["loss"]):
-            raise cli.UserError(f"the loss is {log['loss']} in round {step + 1}; try a lower --lr "
-                                f"or --beta")
+        log = world.all_reduce(log).tolist()
+        if not math.isfinite(log[0]):
+            raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr or "
+                                f"--beta")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
         optimizer.step()
         optimizer.zero_grad()
-        yield {"round": step + 1, "pairs": n_pairs, **log}
-
-
-def check_nothing_left(skipped):
-    """UserError unless most answers of these rounds without pairs were right and preferred."""
-    n_good, n_other = np.sum(skipped, axis=0)
-    if n_good <= n_other:
-        raise cli.UserError(
-            f"no pair in {PATIENCE} rounds in a row: {n_good:,} of {n_good + n_other:,} answers "
-            f"were right and preferred; ask for more --answers, or train SFT longer")
-
-
-def held_out_pairs(reference, prefer):
-    """At most 200 pairs of the reference's answers to held-out targets, always the same."""
-    rng = np.random.default_rng(0)
-    return judged_round(reference, data.HELD_OUT * 10, 8, prefer, rng).pairs[:200]
+        yield {"round": step + 1, "pairs": n_pairs, **dict(zip(LOGGED, log))}
 
 
 def measure(policy, reference, pairs, beta, prefer):
-    """What a run logs of held-out targets: of fixed pairs, under TRL's names, and the shares of
-    what the policy answers."""
-    with no_grad():
-        log = loss_and_log(policy, reference, pairs, beta)[1] if len(pairs) else {}
-    # Always with the same random numbers: what changes from call to call is the policy.
+    """What a run logs of held-out targets: fixed pairs, under TRL's names, and shares of outcomes.
+
+    Always with the same random numbers: what changes from call to call is the policy.
+    """
     lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, np.random.default_rng(0))
-    return {**{f"eval_{name}": value for name, value in log.items()},
-            "shares": evaluation.outcome_shares(lines, prefer)}
+    with no_grad():
+        log = loss_and_log(policy, reference, pairs, beta)[1].tolist() if len(pairs) else []
+    return {**{f"eval_{name}": value for name, value in zip(LOGGED, log)},
+            "shares": evaluation.metrics(lines, prefer)["shares"]}
 
 
 def train_policy(world, arguments):
@@ -206,33 +173,30 @@ def train_policy(world, arguments):
     reference, policy = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     beta, prefer, rounds = arguments.beta, arguments.prefer, arguments.rounds
     rng = np.random.default_rng([arguments.seed, world.rank])
-    part = len(world.share(range(arguments.prompts)))  # prompts of this process
-    source = {"online": lambda: online_rounds(policy, part, arguments.answers, prefer, rng),
-              "once": lambda: once_rounds(reference, part, arguments.answers, prefer, rng),
-              "rule": lambda: rule_rounds(part, prefer, rng)}[arguments.pairs]()
+    n_prompts = len(world.share(range(arguments.prompts)))  # of this process
+    source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
+              sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
+                             fresh_every=1 if arguments.pairs == "online" else rounds))
     history, progress = [], cli.Progress(rounds, "round")
     if world.rank == 0:
-        first, fixed_pairs = next(source), held_out_pairs(reference, prefer)
-        source = itertools.chain([first], source)
-        for chosen, rejected in first.pairs[:3]:
+        first = next(source)
+        for chosen, rejected in first[:3]:
             print(f"chosen {data.decode(chosen):{data.MAX_LEN}} rejected {data.decode(rejected)}")
+        source = itertools.chain([first], source)
+        held_out = judged_pairs(reference, data.HELD_OUT * 10, 8, prefer,
+                                np.random.default_rng(0))[:200]
         history.append({"round": 0, "pairs": 0,
-                        **measure(policy, reference, fixed_pairs, beta, prefer)})
+                        **measure(policy, reference, held_out, beta, prefer)})
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world):
-        if world.rank == 0:
-            if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
-                row |= measure(policy, reference, fixed_pairs, beta, prefer)
-            history.append(row)
-            progress.show(row["round"], progress_text(row))
+        if world.rank > 0:
+            continue
+        if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
+            row |= measure(policy, reference, held_out, beta, prefer)
+        history.append(row)
+        progress.show(row["round"], f"{row['pairs']} pairs" + (
+            "  loss {loss:.3f}  margin {rewards/margins:.2f}  accuracy {rewards/accuracies:.2f}"
+            .format(**row) if row["pairs"] else ""))
     return policy, reference, history, progress.seconds()
-
-
-def progress_text(row):
-    """A round's log as text."""
-    if row["pairs"] == 0:
-        return "no pairs"
-    return (f"{row['pairs']:3} pairs  loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
-            f"accuracy {row['rewards/accuracies']:.2f}")
 
 
 # The program.
@@ -250,10 +214,7 @@ def parse_arguments(argv):
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
     add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the pairs")
-    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share each round")
-    add("--out", type=cli.checkpoint_path, default=Path("runs/dpo.npz"),
-        help="the checkpoint to write; a .json and pictures go beside it")
+    cli.add_training_flags(parser, "runs/dpo.npz")
     return parser.parse_args(argv)
 
 
@@ -266,15 +227,17 @@ def main(argv=None):
     log, terms_picture, training_picture = cli.outputs(out, ".json", "-dist.png", "-training.png")
     evaluation.load(arguments.sft)  # a mistake is told before processes start
     policy, reference, history, seconds = launch(arguments.processes, train_policy, arguments)
-    if history[-1]["round"] < arguments.rounds:
+    rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
+    if not any(row["pairs"] for row in history[-PATIENCE:]):
+        if rows[-1]["both"] < 0.5:
+            raise cli.UserError(f"no pair in {PATIENCE} rounds in a row, as no answer was right and "
+                                f"preferred; ask for more --answers, or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
 
-    evaluation.save(policy, out)
+    policy.save(out)
+    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "metrics": rows,
+                         "history": history})
     import plots  # here, so that --help need not wait for matplotlib
-    models = {str(arguments.sft): reference, str(out): policy}
-    rows = evaluation.evaluate(models, prefer=prefer)
-    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "history": history,
-                         "metrics": rows})
     plots.distribution(rows, terms_picture, prefer)
     plots.dpo_training(history, training_picture)
     print(f"\n{evaluation.table(rows)}\n")

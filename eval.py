@@ -39,25 +39,19 @@ def metrics(lines, prefer=3):
 
     `exact`, `preferred`, `both`, `format`: the shares of all answers whose sum is the target, whose
     terms `data.prefers` whatever their sum, of which both is true, and that parse.
-    `mean_abs_error` of the sum, over answers that parse (None if none does). `counts`: answers that
-    parse, by their number of terms, as {"3": 41}. `n`: all answers.
+    `mean_abs_error` of the sum, over answers that parse (None if none does). `shares`: of each of
+    data.OUTCOMES. `counts`: answers that parse, by their number of terms, as {"3": 41}. `n`: all.
     """
     judged = [data.judge(line, prefer) for line in lines]
     parsed = [j for j in judged if j.terms is not None]
     sizes = [len(j.terms) for j in parsed]
     errors = [abs(j.total - j.target) for j in parsed]
-    n = len(lines)
-    return {"n": n, "both": sum(j.exact and j.preferred for j in judged) / n,
-            "exact": sum(j.exact for j in judged) / n,
+    outcomes, n = [j.outcome for j in judged], len(lines)
+    shares = {outcome: outcomes.count(outcome) / n for outcome in data.OUTCOMES}
+    return {"n": n, "both": shares["right, preferred"], "exact": sum(j.exact for j in judged) / n,
             "preferred": sum(j.preferred for j in judged) / n, "format": len(parsed) / n,
-            "mean_abs_error": sum(errors) / len(errors) if errors else None,
+            "mean_abs_error": sum(errors) / len(errors) if errors else None, "shares": shares,
             "counts": {str(k): sizes.count(k) for k in sorted({*data.COUNTS, *sizes})}}
-
-
-def outcome_shares(lines, prefer):
-    """{outcome: share of the answers} for all of data.OUTCOMES."""
-    outcomes = [data.judge(line, prefer).outcome for line in lines]
-    return {outcome: outcomes.count(outcome) / len(outcomes) for outcome in data.OUTCOMES}
 
 
 def evaluate(models, seed=0, prefer=3, answers=ANSWERS, temperature=1.0):
@@ -126,29 +120,15 @@ def credit(policy, reference, line, beta):
             "tokens": list(zip(tokens, rewards.tolist()))}
 
 
-# Checkpoints of this task.
-
 def load(path):
-    """The model of a checkpoint. UserError, one line, if there is none."""
-    try:
-        model = Transformer.load(path)
-        if model.config.vocab_size != len(data.VOCAB):
-            raise ValueError(f"{path} is not of this task, it knows other tokens")
-    except FileNotFoundError:
+    """The model of a checkpoint of this task. UserError, one line, if there is none."""
+    if not path.exists():
         command = "dpo.py" if "dpo" in path.name else "sft.py (about a minute)"
-        raise cli.UserError(f"no checkpoint at {path}; write it with python {command}") from None
-    except ValueError as error:
-        raise cli.UserError(f"{error}; train it again with python sft.py, or name another file"
-                            ) from None
+        raise cli.UserError(f"no checkpoint at {path}; write it with python {command}")
+    model = Transformer.load(path)
+    if model.config.vocab_size != len(data.VOCAB):
+        raise cli.UserError(f"{path} is not of this task, it has other tokens; name another file")
     return model
-
-
-def save(model, path):
-    """Write the checkpoint. UserError for weights that are not finite."""
-    try:
-        model.save(path)
-    except ValueError as error:
-        raise cli.UserError(f"{error}; try a lower --lr") from None
 
 
 # The program.
@@ -176,11 +156,10 @@ def parse_arguments(argv):
     add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
-        help="show the reward of this line, 100=10+70+20, token by token, and of a second one: "
-             "given here, or an answer of the first checkpoint that the preference rejects; "
-             "tokens.png goes beside the second checkpoint; name checkpoints before this flag")
+        help="show the rewards of two lines, 100=10+70+20 100=50+50, token by token; tokens.png "
+             "goes beside the second checkpoint; name checkpoints before this flag")
     add("--beta", type=cli.positive, default=0.8, help="for --tokens")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the sampled answers")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples")
     add("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     if arguments.tokens and (len(arguments.tokens) > 2 or len(arguments.checkpoints) != 2):
@@ -192,13 +171,8 @@ def credits(reference, policy, arguments):
     """`credit` of the lines that were asked for, drawn, too; and the same as text."""
     picture = arguments.checkpoints[1].with_name("tokens.png")
     cli.outputs(picture)
-    lines = [data.encode(text) + [data.END] for text in arguments.tokens]
-    if len(lines) == 1:  # the rejected one: what the reference says instead
-        rng, target = np.random.default_rng(arguments.seed), data.judge(lines[0]).target
-        answers = sample(reference, [target] * ANSWERS, 1.0, rng)
-        lines.append(next((line for line in answers if data.judge(line, arguments.prefer).outcome
-                           != "right, preferred"), answers[0]))
-    rows = [credit(policy, reference, line, arguments.beta) for line in lines]
+    rows = [credit(policy, reference, data.encode(text) + [data.END], arguments.beta)
+            for text in arguments.tokens]
     import plots  # here, so that nothing else waits for matplotlib
     plots.credit(rows, picture)
     text = [f"{row['line']}  reward {row['reward']:+.2f}\n  " +

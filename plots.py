@@ -9,8 +9,6 @@ from cli import atomic_write
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
-OUTCOME_COLOURS = dict(zip(data.OUTCOMES, (GREEN, BLUE, RED, GREY)))
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
 def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
@@ -24,10 +22,9 @@ def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
     return figure, grid
 
 
-def legend_below(ax, columns=2):
+def legend_below(ax):
     """Under the axes, where it cannot hide data."""
-    ax.legend(frameon=False, fontsize=9, ncols=columns, loc="upper center",
-              bbox_to_anchor=(0.5, -0.16))
+    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def save(figure, path):
@@ -35,21 +32,17 @@ def save(figure, path):
         figure.savefig(file, format="png")
 
 
-def smoothed(values, window):
-    """Means of `window` values around each; of fewer near the ends."""
-    sums = np.cumsum([0.0, *values])
-    at = np.arange(len(values))
-    start = np.maximum(at - window // 2, 0)
-    end = np.minimum(at + window // 2 + 1, len(values))
-    return (sums[end] - sums[start]) / (end - start)
+def plot_smoothed(ax, x, y, colour, window, label=None):
+    """A curve of means of 2 window + 1 values, the raw values pale behind it."""
+    means = [np.mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
+    ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.6)
+    ax.plot(x, means, color=colour, label=label)
 
 
 def sft_loss(losses, path):
     """The SFT loss over steps."""
     figure, (ax,) = axes()
-    steps = range(1, len(losses) + 1)
-    ax.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.5)
-    ax.plot(steps, smoothed(losses, max(1, len(losses) // 100)), color=BLUE)
+    plot_smoothed(ax, range(1, len(losses) + 1), losses, BLUE, len(losses) // 200)
     ax.set(xlabel="step", ylabel="loss (nats per completion token)",
            title="SFT: the loss falls to what chance leaves")
     save(figure, path)
@@ -60,67 +53,60 @@ def distribution(rows, path, prefer=3):
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
     figure, grid = axes(1, len(rows), size=(5 * len(rows), 3.6), sharey=True)
     for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
-        bars = ax.bar([NUMBERS[k] for k in data.COUNTS],
+        bars = ax.bar([f"{k} terms" for k in data.COUNTS],
                       [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS],
                       color=[ORANGE if k == prefer else BLUE for k in data.COUNTS])
         ax.bar_label(bars, fmt="%.0f %%")
-        ax.set(xlabel="terms in the answer", ylim=(0, 108),
-               title=f"after {name}: {100 * row['exact']:.0f} % of the sums are right")
+        ax.set(title=f"after {name}: {100 * row['exact']:.0f} % of the sums are right",
+               ylim=(0, 108))
     grid[0].set_ylabel("answers to held-out targets (%)")
     save(figure, path)
 
 
-def curves(ax, history, names, window=25):
-    """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: raw and smoothed on the
-    training pairs, dashed on the held-out ones."""
-    trained = [row for row in history if row["pairs"]]
-    if "rewards/accuracies" in names:
-        trained = [row for row in trained if row["round"] > 1]  # policy is reference: all are ties
-    held_out = [row for row in history if "eval_loss" in row and (
-        row["round"] or "rewards/accuracies" not in names)]
+def curves(ax, history, names, **labels):
+    """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: on the training pairs,
+    and dashed on the held-out ones. In round 1 all rewards are 0: no accuracy to draw."""
+    first = 2 if "rewards/accuracies" in names else 0
+    trained = [row for row in history if row["pairs"] and row["round"] >= first]
+    held_out = [row for row in history if "eval_loss" in row and row["round"] >= first]
     for name, (colour, label) in names.items():
-        rounds, values = [row["round"] for row in trained], [row[name] for row in trained]
-        ax.plot(rounds, values, color=colour, alpha=0.2, linewidth=0.6)
-        ax.plot(rounds, smoothed(values, window), color=colour, label=f"{label}training pairs")
-        ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out],
-                "--", color="black" if len(names) == 1 else colour, linewidth=1.5,
-                label=f"{label}held-out pairs")
-    ax.set(xlabel="round")
+        plot_smoothed(ax, [row["round"] for row in trained], [row[name] for row in trained], colour,
+                      12, f"{label}training pairs")
+        ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out], "--",
+                color="black" if len(names) == 1 else colour, label=f"{label}held-out pairs")
+    ax.set(xlabel="round", **labels)
     legend_below(ax)
 
 
 def stacked_outcomes(ax, history, title="what the policy answers to held-out targets"):
     """Shares of the outcomes of answers, stacked, over the rounds of a DPO run."""
     rows = [row for row in history if "shares" in row]
-    shares = [[100 * row["shares"][outcome] for row in rows] for outcome in OUTCOME_COLOURS]
-    ax.stackplot([row["round"] for row in rows], shares, labels=OUTCOME_COLOURS,
-                 colors=OUTCOME_COLOURS.values())
+    ax.stackplot([row["round"] for row in rows],
+                 [[100 * row["shares"][outcome] for row in rows] for outcome in data.OUTCOMES],
+                 labels=data.OUTCOMES, colors=[GREEN, BLUE, RED, GREY])
     ax.set(title=title, xlabel="round", ylabel="share of answers (%)", ylim=(0, 100))
     legend_below(ax)
 
 
 def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
-    figure, grid = axes(2, 3, size=(14, 8.4))
-    loss, accuracy, margin, rewards, outcomes, pairs = grid
-    curves(loss, history, {"loss": (BLUE, "")})
+    figure, (loss, accuracy, margin, rewards, outcomes, pairs) = axes(2, 3, size=(14, 8.4))
+    curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2",
+           ylabel="loss (nats per pair)", ylim=(0, None))
     loss.axhline(math.log(2), color=GREY, linewidth=1)
     loss.annotate("ln 2: policy = reference", (0.98, math.log(2)), (0, 4), color="#555555",
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
-    loss.set(title="loss: down from ln 2", ylabel="loss (nats per pair)", ylim=(0, None))
-    curves(accuracy, history, {"rewards/accuracies": (BLUE, "")})
-    accuracy.set(title="accuracy: chosen reward above rejected", ylabel="share of pairs",
-                 ylim=(0, 1.02))
-    curves(margin, history, {"rewards/margins": (BLUE, "")})
-    margin.set(title="margin: chosen minus rejected reward", ylabel="beta x nats")
+    curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
+           title="accuracy: chosen reward above rejected", ylabel="share of pairs")
+    curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
+           title="margin: chosen reward minus rejected")
     curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "),
-                              "rewards/rejected": (RED, "rejected, ")})
+                              "rewards/rejected": (RED, "rejected, ")},
+           title="rewards: beta log(policy / reference)", ylabel="beta x nats")
     rewards.axhline(0, color=GREY, linewidth=1)
-    rewards.set(title="rewards: beta log(policy / reference)", ylabel="beta x nats")
     stacked_outcomes(outcomes, history)
-    rows = [row for row in history if row["round"]]
-    pairs.plot([row["round"] for row in rows], [row["pairs"] for row in rows], color=BLUE,
-               linewidth=0.8)
+    pairs.plot([row["round"] for row in history[1:]], [row["pairs"] for row in history[1:]],
+               color=BLUE, linewidth=0.8)
     pairs.set(title="pairs: fewer, as mistakes become rare", xlabel="round",
               ylabel="pairs in a round", ylim=(0, None))
     save(figure, path)
@@ -136,13 +122,12 @@ def credit(rows, path):
         for i, (token, value) in enumerate(row["tokens"]):
             ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
+        before, after = math.exp(row["reference_logp"]), math.exp(row["policy_logp"])
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
-        before, after = (math.exp(row[name]) for name in ("reference_logp", "policy_logp"))
-        ax.set_title(f"{row['line']}:  reference {before:.2g}, policy {after:.2g},  "
-                     f"reward {row['reward']:+.1f}", fontsize=11, loc="left")
+        ax.set_title(f"{row['line']}:  p_ref {before:.2g}, p_policy {after:.2g},  reward "
+                     f"{row['reward']:+.1f}", loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
-    if len(rows) > 1:
-        figure.suptitle(f"DPO's credit, token by token: the margin is "
-                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
+    margin = rows[0]["reward"] - rows[-1]["reward"]
+    figure.suptitle(f"where DPO put its credit: a margin of {margin:.1f}")
     save(figure, path)

@@ -1,6 +1,5 @@
 """SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
 import math
-from pathlib import Path
 
 import tinygrad_lite.functional as F
 from tinygrad_lite import Adam, World, clip_grad_norm, cosine_schedule, launch, no_grad
@@ -112,10 +111,7 @@ def parse_arguments(argv):
     add("--n-layers", type=cli.whole(1), default=3, help="number of blocks")
     add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
     add("--d-hidden", type=cli.whole(1), default=64, help="hidden width of the MLP")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of weights and lines")
-    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share each batch")
-    add("--out", type=cli.checkpoint_path, default=Path("runs/sft.npz"),
-        help="the checkpoint to write; a .json and a picture go beside it")
+    cli.add_training_flags(parser, "runs/sft.npz")
     return parser.parse_args(argv)
 
 
@@ -124,14 +120,11 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     out = arguments.out
     log, picture = cli.outputs(out, ".json", "-loss.png")
-    try:
-        config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
-                        arguments.d_hidden, data.MAX_LEN)
-    except ValueError as error:
-        raise cli.UserError(error) from None
+    config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
+                    arguments.d_hidden, data.MAX_LEN)
     model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
 
-    evaluation.save(model, out)
+    model.save(out)
     rows = evaluation.evaluate({str(out): model})
     excess = {name: excess_nats(model, targets, np.random.default_rng(0)) for name, targets in
               (("trained", data.TRAINING), ("held-out", data.HELD_OUT))}
@@ -142,9 +135,7 @@ def main(argv=None):
     print(f"\n{evaluation.table(rows)}\n")
     print("excess: " + ", ".join(f"{nats:.2f} nats a line on {name} targets"
                                  for name, nats in excess.items()), "(0 is the rule itself)\n")
-    for target in evaluation.EXAMPLES:
-        print(evaluation.answer_line(evaluation.answers_to(model, target, 0)[0]))
-    print(f"\nwrote {out}; next: python dpo.py --beta 0.8 --sft {out}")
+    print(f"wrote {out}; next: python dpo.py --beta 0.8 --sft {out}")
 
 
 if __name__ == "__main__":

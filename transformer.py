@@ -7,12 +7,12 @@ from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
 
 import data
-from cli import atomic_write
+from cli import UserError, atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a model. Raises ValueError for sizes that do not fit together."""
+    """Sizes of a model. Raises UserError, a ValueError, where they do not fit together."""
     vocab_size: int
     d_model: int = 32
     n_layers: int = 3
@@ -23,11 +23,11 @@ class Config:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
             object.__setattr__(self, name, int(value))  # a NumPy integer is no JSON
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
-                             f"{2 * self.n_heads}; rotary positions turn pairs of features")
+            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
+                            f"{2 * self.n_heads}; rotary positions turn pairs of features")
 
 
 def parameter_shapes(config):
@@ -137,28 +137,29 @@ class Transformer:
     def save(self, path):
         """Write weights and config as .npz; what is there stays until the new file is complete.
 
-        Raises ValueError, and writes nothing, for weights that are not finite.
+        Raises UserError, a ValueError, and writes nothing, for weights that are not finite.
         """
         arrays = {name: parameter.data for name, parameter in self._parameters.items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ValueError(f"{path}: not saved, some weights are infinite or NaN")
+            raise UserError(f"{path} was not written, some weights are infinite; try a lower --lr")
         with atomic_write(path) as file:
             np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint. Raises OSError for a file that cannot be read, ValueError for
-        one that is no checkpoint of this edition."""
+        """The model of a checkpoint. Raises OSError for a file that cannot be read, UserError, a
+        ValueError, for one that is no checkpoint of this edition."""
         with open(path, "rb") as file:
             try:
                 with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
                     model = cls(_checked_config(archive))
                     for name, parameter in model._parameters.items():
                         parameter.data = np.ascontiguousarray(archive[name], np.float32)
+                        if not np.isfinite(parameter.data).all():
+                            raise ValueError(f"{name} holds NaN or infinity")
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-                raise ValueError(f"{path} is no checkpoint, or damaged: {error}") from error
-        if not all(np.isfinite(parameter.data).all() for parameter in model.parameters()):
-            raise ValueError(f"{path} holds NaN or infinity")
+                raise UserError(f"{path} is no checkpoint, or damaged ({error}); train it again "
+                                f"with python sft.py, or name another file") from error
         return model
 
 

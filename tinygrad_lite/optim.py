@@ -9,20 +9,17 @@ from .tensor import Tensor
 class Adam:
     """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
 
-    The moments lie in one long vector: dozens of small arrays would each cost NumPy's overhead
-    of a call. A parameter whose .grad is None counts as one with a gradient of zero. `weight_decay`
+    The moments lie in one long vector: dozens of small arrays would cost a call each. `weight_decay`
     shrinks matrices by lr * weight_decay a step, apart from the gradient (Loshchilov & Hutter 2019,
     Algorithm 2). Raises TypeError unless `parameters` is a list of Tensors.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        if not (isinstance(parameters, (list, tuple)) and parameters
-                and all(isinstance(p, Tensor) for p in parameters)):
+        if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
         self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        self.mean = np.zeros_like(flat_gradients(parameters))  # m
-        self.square = np.zeros_like(self.mean)  # v
+        self.mean = self.square = np.zeros_like(flat_gradients(parameters))  # m and v
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
@@ -30,8 +27,8 @@ class Adam:
         self.steps += 1
         beta1, beta2 = self.betas
         grad = flat_gradients(self.parameters)
-        self.mean += (1 - beta1) * (grad - self.mean)
-        self.square += (1 - beta2) * (grad * grad - self.square)
+        self.mean = self.mean + (1 - beta1) * (grad - self.mean)
+        self.square = self.square + (1 - beta2) * (grad * grad - self.square)
         update = (self.mean * (self.lr / (1 - beta1 ** self.steps))
                   / (np.sqrt(self.square / (1 - beta2 ** self.steps)) + self.eps))
         for p, piece in zip(self.parameters, split_like(update, self.parameters)):

@@ -4,7 +4,6 @@ As in torch.nn.parallel.DistributedDataParallel, every process holds the same we
 same optimizer steps. Only sums travel, through shared memory. Threads would not do: an op takes
 some 20 microseconds here, and a thread would wait as long for Python's lock after each.
 """
-import contextlib
 import multiprocessing.resource_tracker
 import signal
 import sys
@@ -23,9 +22,8 @@ class World:
     World() is one process alone.
     """
 
-    def __init__(self, rank=0, world_size=1, pipes=(), processes=(), buffer=b""):
-        self.rank, self.world_size = rank, world_size
-        self._pipes, self._processes = pipes, processes
+    def __init__(self, rank=0, world_size=1, pipes=(), buffer=b""):
+        self.rank, self.world_size, self._pipes = rank, world_size, pipes
         self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # half, rank, byte
 
     def share(self, items):
@@ -67,38 +65,40 @@ class World:
             if self.rank > 0:
                 pipe.recv()
         except (EOFError, ConnectionError):  # nobody holds the other end of `pipe` any more
-            name = "process 0"
-            if self.rank == 0:
-                process = self._processes[self._pipes.index(pipe)]
-                process.join(timeout=1)
-                name = f"{process.name} of {self.world_size} (exit code {process.exitcode})"
-            raise ChildProcessError(f"{name} was killed; the run has ended") from None
+            rank = 0 if self.rank else 1 + self._pipes.index(pipe)
+            raise ChildProcessError(f"process {rank} of {self.world_size} was killed; the run has "
+                                    f"ended, run it again") from None
 
 
 def launch(world_size, function, *arguments):
-    """Run function(world, *arguments) in world_size processes; return what it returns in rank 0.
+    """Run function(world, *arguments) in world_size processes; return what it returns in rank 0,
+    which is this process.
 
-    Rank 0 is this process. Where processes start afresh (macOS, Windows), `function` must be
-    defined at the top of a module, the arguments must be plain values, and a script needs
-    `if __name__ == "__main__"`. An exception in any process ends all and is raised here,
-    ChildProcessError if one was killed.
+    Where processes start afresh (macOS, Windows), `function` must be defined at the top of a
+    module, the arguments must be plain values, and a script needs `if __name__ == "__main__"`. An
+    exception in any process ends all and is raised here, ChildProcessError if one was killed.
     """
     if world_size == 1:
         return function(World(), *arguments)
     buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
+    can_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if can_mask:  # Ctrl-C waits until all are started; they inherit that, and never see it
+        multiprocessing.resource_tracker.ensure_running()  # started later, it would let it in
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _ctrl_c_later():
+        try:
             for rank in range(1, world_size):
                 pipe, their_pipe = multiprocessing.Pipe()
-                process = multiprocessing.Process(
-                    target=_work, name=f"process {rank}", daemon=True, args=(
-                        rank, world_size, their_pipe, pipe, buffer, np.geterr(), function,
-                        arguments))
+                process = multiprocessing.Process(target=_work, daemon=True, args=(
+                    rank, world_size, their_pipe, pipe, buffer, np.geterr(), function, arguments))
                 process.start()
                 their_pipe.close()
                 processes.append(process)
                 pipes.append(pipe)
-        world = World(0, world_size, pipes, processes, buffer)
+        finally:
+            if can_mask:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        world = World(0, world_size, pipes, buffer)
         result = function(world, *arguments)
         world.wait_for_all()
         return result
@@ -108,26 +108,12 @@ def launch(world_size, function, *arguments):
             process.join()
 
 
-@contextlib.contextmanager
-def _ctrl_c_later():
-    """Ctrl-C waits until all processes are started; they inherit that, and never see it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    multiprocessing.resource_tracker.ensure_running()  # started later, it would let Ctrl-C in
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, arguments):
     """The life of a process other than rank 0."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends the others
     parents_pipe.close()  # inherited; held open, it would hide that rank 0 is gone
     np.seterr(**numpy_errors)
-    world = World(rank, world_size, [pipe], buffer=buffer)
+    world = World(rank, world_size, [pipe], buffer)
     try:
         function(world, *arguments)
         world.wait_for_all()

@@ -30,20 +30,17 @@ def no_grad():
 class Tensor:
     """An array that remembers how it was computed.
 
-    `data`: ndarray, list or number. float32 and float64 arrays keep their dtype, other real numbers
-    become float32; TypeError for anything else. Ops refer to `data`, they do not copy it: changed
-    in place between forward and backward, it makes gradients wrong, silently. `grad`: None, or an
-    array of data's shape and dtype, to which `backward()` adds. `parents` and `backward` are for
-    ops: what this Tensor was computed from, and the function that turns its gradient into theirs.
+    `data`: ndarray, list or number; float64 arrays stay what they are, other real numbers become
+    float32, TypeError for anything else. Ops refer to it and do not copy it: changed in place
+    between forward and backward, it makes gradients wrong, silently. `grad`: None, or an array like
+    data, to which `backward()` adds. `parents` and `backward` are for ops.
     """
     __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
-        keep = getattr(data, "dtype", None) in (np.float32, np.float64)
-        self.data = np.asarray(data) if keep else _real(data).astype(np.float32)
         recorded = _recording.get() and any(p.requires_grad for p in parents)
-        self.grad, self.requires_grad = None, requires_grad or recorded
+        self.data, self.grad, self.requires_grad = _array(data), None, requires_grad or recorded
         self.parents, self.backward_fn = (parents, backward) if recorded else ((), None)
         self.serial = next(_serial_numbers)
 
@@ -51,11 +48,10 @@ class Tensor:
     dtype = property(lambda self: self.data.dtype)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
-
-    def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
     def item(self): return self.data.item()      # the one element as a Python float
     def numpy(self): return self.data            # the array itself, not a copy
     def detach(self): return Tensor(self.data)   # without its history: gradients stop here
+    def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
 
     def backward(self, grad=None):
         """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires one.
@@ -67,9 +63,19 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward() of a tensor that does not require a gradient")
         grad = np.ones(self.shape) if grad is None and self.size == 1 else grad
-        if np.shape(grad) != self.shape or grad is None:
+        if grad is None or np.shape(grad) != self.shape:
             raise ValueError(f"backward() of shape {self.shape} needs a gradient of that shape")
-        grads, nodes = {self: np.asarray(grad, self.dtype)}, self._history()
+        found, stack = {self}, [self]
+        while stack:  # no recursion: a graph may be deeper than Python's stack
+            parents = stack.pop().parents
+            if parents is None:
+                raise RuntimeError("an earlier backward() has freed this graph; compute it again")
+            new = [p for p in parents if p.requires_grad and p not in found]
+            found.update(new)
+            stack += new
+        nodes = sorted(found, key=lambda node: node.serial)  # the newest last
+        grads = {self: np.asarray(grad, self.dtype)}
+        del found, parents, new  # they would keep every node's array alive
         while nodes:
             node = nodes.pop()  # all its consumers are newer, so its gradient is complete
             grad, parents, backward = grads.pop(node), node.parents, node.backward_fn
@@ -85,18 +91,8 @@ class Tensor:
                                        f"{parent.dtype} tensor of shape {parent.shape}: {new!r}")
                 grads[parent] = grads[parent] + new if parent in grads else new
 
-    def _history(self):
-        """Self and every Tensor that it was computed from and that needs a gradient, oldest first:
-        no recursion, as a graph may be deeper than Python's stack."""
-        found, stack = {self}, [self]
-        while stack:
-            parents = stack.pop().parents
-            if parents is None:
-                raise RuntimeError("an earlier backward() has freed this graph; compute it again")
-            new = [p for p in parents if p.requires_grad and p not in found]
-            found.update(new)
-            stack += new
-        return sorted(found, key=lambda node: node.serial)
+    def _op(self, out, backward):
+        return Tensor(out, parents=(self,), backward=backward)
 
     # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
 
@@ -109,41 +105,32 @@ class Tensor:
         return _binary(self.data * other.data, self, other,
                        lambda grad: (grad * other.data, grad * self.data))
 
-    def __truediv__(self, other):  # d(a / b) / db = -(a / b) / b
-        other = self._operand(other)
-        out = self.data / other.data
-        return _binary(out, self, other,
-                       lambda grad: (grad / other.data, -grad * out / other.data))
-
     def __pow__(self, exponent):
         if not isinstance(exponent, numbers.Real):
-            raise TypeError(f"the exponent must be a number, not {type(exponent).__name__}")
+            raise TypeError(f"the exponent must be a number, not {type(exponent)}")
         n = float(exponent)  # a NumPy float64 would turn float32 into float64
-        return Tensor(self.data ** n, parents=(self,), backward=lambda grad: (
+        return self._op(self.data ** n, lambda grad: (
             grad * n * self.data ** (n - 1) if n else np.zeros_like(grad),))
 
     def exp(self):
         out = np.exp(self.data)
-        return Tensor(out, parents=(self,), backward=lambda grad: (grad * out,))
+        return self._op(out, lambda grad: (grad * out,))
 
-    def log(self):
-        return Tensor(np.log(self.data), parents=(self,), backward=lambda grad: (grad / self.data,))
-
+    def log(self): return self._op(np.log(self.data), lambda grad: (grad / self.data,))
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -self._operand(other)
+    def __truediv__(self, other): return self * self._operand(other) ** -1.0
     def __radd__(self, other): return self + other
     def __rmul__(self, other): return self * other
     def __rsub__(self, other): return -self + other
-    def __rtruediv__(self, other): return self._operand(other) / self
+    def __rtruediv__(self, other): return self ** -1.0 * other
     def __rmatmul__(self, other): return self._operand(other) @ self
 
     def _operand(self, value):
         """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
-        if not isinstance(value, Tensor):
-            return Tensor(_real(value).astype(self.dtype))
-        if value.dtype != self.dtype:
+        if isinstance(value, Tensor) and value.dtype != self.dtype:
             raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
-        return value
+        return value if isinstance(value, Tensor) else Tensor(_array(value, self.dtype))
 
     # Products, reductions and shapes.
 
@@ -159,52 +146,47 @@ class Tensor:
                                      self.data.swapaxes(-1, -2) @ grad))
 
     def sum(self, axis=None, keepdims=False):
-        def backward(grad):
-            if axis is not None and not keepdims:
-                grad = np.expand_dims(grad, axis)
-            return (np.broadcast_to(grad, self.shape),)
-        return Tensor(self.data.sum(axis=axis, keepdims=keepdims), parents=(self,),
-                      backward=backward)
+        out = self.data.sum(axis, keepdims=True)
+        return self._op(out if keepdims else out.squeeze(axis), lambda grad: (
+            np.broadcast_to(grad.reshape(out.shape), self.shape),))
 
     def mean(self, axis=None, keepdims=False):
         total = self.sum(axis, keepdims)
         return total * (total.size / self.size)
 
     def reshape(self, *shape):
-        return Tensor(self.data.reshape(*shape), parents=(self,),
-                      backward=lambda grad: (grad.reshape(self.shape),))
+        return self._op(self.data.reshape(*shape), lambda grad: (grad.reshape(self.shape),))
 
     def transpose(self, *axes):
         """Axis i of the result is axis axes[i] of self; without axes, all are reversed."""
         out = self.data.transpose(axes or None)
         inverse = np.argsort([axis % self.ndim for axis in axes or reversed(range(self.ndim))])
-        return Tensor(out, parents=(self,), backward=lambda grad: (grad.transpose(inverse),))
+        return self._op(out, lambda grad: (grad.transpose(inverse),))
 
     def __getitem__(self, index):
         """self[index] for any NumPy index; an element taken twice receives both gradients."""
         def backward(grad):
-            taken = np.arange(self.size).reshape(self.shape)[index]
-            total = np.bincount(taken.ravel(), weights=grad.ravel(), minlength=self.size)
+            taken = np.arange(self.size).reshape(self.shape)[index].ravel()
+            total = np.bincount(taken, weights=grad.ravel(), minlength=self.size)
             return (total.reshape(self.shape).astype(self.dtype),)
-        return Tensor(self.data[index], parents=(self,), backward=backward)
+        return self._op(self.data[index], backward)
 
 
-def _real(data):
-    """`data` as an array of real numbers. Raises TypeError for anything else, text too."""
-    array = None if isinstance(data, Tensor) else np.asarray(data)
-    if array is None or array.dtype.kind not in "fiub":
+def _array(data, dtype=None):
+    """`data` as an array of `dtype`: if None, of float64 for such an array, else of float32."""
+    array = np.asarray(data)
+    if array.dtype.kind not in "fiub":
         raise TypeError(f"expected real numbers, as array, list or number, not {type(data)}")
-    return array
+    keep = array.dtype == np.float64 and isinstance(data, (np.ndarray, np.generic))
+    return array.astype(dtype or (np.float64 if keep else np.float32), copy=False)
 
 
 def _binary(out, a, b, backward):
     """The Tensor of an op on a and b. Broadcasting copied an operand over new or longer axes; its
     gradient sums the copies."""
     def sum_to(grad, shape):
-        if grad.shape == shape:
-            return grad
-        new = grad.ndim - len(shape)
-        axes = [*range(new), *(new + i for i, n in enumerate(shape) if n == 1)]
-        return grad.sum(axis=tuple(axes)).reshape(shape)
+        ones = (1,) * (grad.ndim - len(shape)) + shape
+        axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, ones)) if n != m)
+        return grad.sum(axis=axes).reshape(shape) if axes else grad.reshape(shape)
     return Tensor(out, parents=(a, b), backward=lambda grad: [
         sum_to(g, parent.shape) for g, parent in zip(backward(grad), (a, b))])

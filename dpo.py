@@ -209,10 +209,10 @@ def parse_arguments(argv):
         help="the policy's own answers, judged, sampled afresh for every round; answers sampled "
              "once, from the SFT model; or right sums made by rule")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
+    add("--rounds", type=cli.whole(1), default=1800, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     cli.add_training_flags(parser, "runs/dpo.npz")
     return parser.parse_args(argv)
@@ -230,8 +230,8 @@ def main(argv=None):
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):
         if rows[-1]["both"] < 0.5:
-            raise cli.UserError(f"no pair in {PATIENCE} rounds in a row, as no answer was right and "
-                                f"preferred; ask for more --answers, or train SFT longer")
+            raise cli.UserError(f"{PATIENCE} rounds in a row without a pair: no answer was right and "
+                                f"preferred; raise --answers, or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
 
     policy.save(out)

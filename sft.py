@@ -11,7 +11,7 @@ import eval as evaluation
 from transformer import Config, Transformer
 
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
-POOL = 100_000  # different lines to train on; making new ones for each step would take 15 % of it
+POOL = 500_000  # different lines to train on; making new ones for each step would take 15 % of it
 
 
 # The objective.
@@ -104,7 +104,7 @@ def train_new_model(world, config, arguments):
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.whole(1), default=10_000, help="training steps")
+    add("--steps", type=cli.whole(1), default=15_000, help="training steps")
     add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")

@@ -1,147 +1,159 @@
 """The experiments behind the README's tables and pictures, each from the commands a reader types.
 
-    python benchmarks/experiments.py seeds     five seeds of SFT and DPO, --pairs rule beside them
-    python benchmarks/experiments.py lesson    assets/lesson.png: rule pairs beside sampled pairs
-    python benchmarks/experiments.py beta      assets/beta.png: a sweep of beta from 0.1 to 3
+    python benchmarks/experiments.py seeds     five seeds of SFT and DPO, the demo's recipe beside
+    python benchmarks/experiments.py lesson    assets/lesson.png: three sources of pairs, two seeds
+    python benchmarks/experiments.py beta      assets/beta.png: what beta buys, and what it costs
 
-`seeds` takes about eight minutes a seed, one on each core; `lesson` and `beta` start from what it
-wrote. A run that is there already is not made again.
+Each run takes one to two minutes on two cores. What is in runs/experiments/ is not made again, so
+`lesson` and `beta` start from the models of `seeds`.
 """
 import argparse
 import json
-import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
+import data  # noqa: E402
+import plots  # noqa: E402
+from sft import completion_logps  # noqa: E402
+from tinygrad_lite import no_grad  # noqa: E402
+import numpy as np  # noqa: E402
+
 RUNS = ROOT / "runs" / "experiments"
+DEMO = ["--pairs", "rule", "--rounds", "200", "--lr", "1e-4", "--prompts", "192"]  # its recipe
+SOURCES = {"rule": "right sums made by rule", "once": "own answers, sampled once",
+           "online": "own answers, sampled afresh"}
 BETAS = [0.1, 0.3, 0.8, 3.0]
-RULE = ["--pairs", "rule", "--rounds", "200", "--lr", "1e-4"]  # as many steps as the demo, its rate
 
 
-def run(program, out, *flags):
-    """One training run on one core, unless its facts are there; returns them."""
-    path = RUNS / f"{out}.npz"
-    if not path.with_suffix(".json").exists():
-        subprocess.run([sys.executable, f"{program}.py", "--threads", "1", "--out", path, *flags],
-                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(path.with_suffix(".json").read_text())
+def run(program, name, *flags):
+    """The facts of a training run, trained unless they are there."""
+    out = RUNS / f"{name}.npz"
+    if not out.with_suffix(".json").exists():
+        print(f"training {name}: {program}.py {' '.join(flags)}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, ROOT / f"{program}.py", "--out", out, *flags], cwd=ROOT,
+                       check=True, stdout=subprocess.DEVNULL)
+    return json.loads(out.with_suffix(".json").read_text())
 
 
-def one_seed(seed, rule=True):
-    """SFT, DPO and, from the same SFT, DPO on rule pairs."""
-    sft = RUNS / f"sft{seed}.npz"
-    facts = {"SFT": run("sft", f"sft{seed}", "--seed", str(seed)),
-             "DPO": run("dpo", f"dpo{seed}", "--seed", str(seed), "--sft", sft)}
-    if rule:
-        facts["DPO, rule pairs"] = run("dpo", f"rule{seed}", "--seed", str(seed), "--sft", sft,
-                                       *RULE)
-    return facts
+def sft(seed):
+    run("sft", f"sft{seed}", "--seed", str(seed))
+    return RUNS / f"sft{seed}.npz"
 
 
-def row(facts, mode, targets):
-    """The metrics of the trained model: a DPO run's facts hold those of its start, too."""
-    return [r for r in facts["metrics"] if (r["mode"], r["targets"]) == (mode, targets)][-1]
+def dpo(seed, name, *flags):
+    return run("dpo", f"{name}{seed}", "--seed", str(seed), "--sft", str(sft(seed)), *flags)
 
 
-def seeds(arguments):
-    """The table of means and ranges over seeds."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(one_seed, range(arguments.seeds)))
-    print(f"mean (lowest to highest) of {len(found)} seeds\n")
-    print("| | answers | mean error | exact | format | three terms |\n|---|---|---|---|---|---|")
-    for name in found[0]:
-        for mode, targets in (("greedy", "all"), ("greedy", "held-out"), ("sampled", "held-out")):
-            rows = [row(facts[name], mode, targets) for facts in found]
-            cells = [spread([r[key] for r in rows])
-                     for key in ("mean_abs_error", "exact", "format", "preferred")]
-            print(f"| {name} | {mode}, {targets} | " + " | ".join(cells) + " |")
-        print(f"| {name} | seconds, on one core | "
-              f"{spread([facts[name]['seconds'] for facts in found], 0)} | | | |")
+def metrics(name, mode="sampled", targets="held-out"):
+    """Metrics of a checkpoint, 200 answers to each target, measured unless they are there."""
+    path = RUNS / f"{name}-metrics.json"
+    if not path.exists():
+        command = [sys.executable, ROOT / "eval.py", RUNS / f"{name}.npz", "--samples", "200",
+                   "--json"]
+        path.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (row,) = [row for row in json.loads(path.read_text())
+              if (row["mode"], row["targets"]) == (mode, targets)]
+    return row
 
 
 def spread(values, digits=3):
-    import plots
-    mean, low, high = (plots.shortened(value, digits) for value in
-                       (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})"
+    return (f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f} to "
+            f"{max(values):.{digits}f})")
 
 
-def lesson(arguments):
-    """Where the probability goes, under rule pairs and under sampled pairs."""
-    facts = one_seed(0)
-    runs = {"rule pairs": facts["DPO, rule pairs"]["history"],
-            "sampled pairs": facts["DPO"]["history"]}
-    for title, history in runs.items():
-        for when, log in (("first", history[1]), ("last", history[-1])):
-            shown = {key: round(log[key], 2) for key in ("loss", "logps/chosen", "logps/rejected")}
-            print(f"{title}, {when} round: {shown}")
-        measured = [log for log in history if "masses" in log]
-        print(f"{title}, answers at the start: {measured[0]['masses']}\n"
-              f"{title}, answers at the end:   {measured[-1]['masses']}")
-    draw_lesson(runs, ROOT / "assets" / "lesson.png")
+def seeds(n_seeds):
+    """The table of means and ranges over seeds, and what each run's curves did at worst."""
+    kinds = {"SFT": "sft", "DPO": "dpo", "DPO, the demo's recipe": "demo"}
+    for seed in range(n_seeds):
+        dpo(seed, "dpo")
+        dpo(seed, "demo", *DEMO)
+    keys = {"both": 3, "exact": 3, "preferred": 3, "mean_abs_error": 2}
+    for mode, targets in (("sampled", "held-out"), ("greedy", "all")):
+        print(f"\n| {mode}, {targets} targets | right and preferred | right sum | preferred | mean "
+              f"error |\n|---|---|---|---|---|")
+        for title, name in kinds.items():
+            rows = [metrics(f"{name}{seed}", mode, targets) for seed in range(n_seeds)]
+            cells = [spread([row[key] for row in rows], digits) for key, digits in keys.items()]
+            print(f"| {title} | " + " | ".join(cells) + " |")
+    print("\nseed  seconds SFT, DPO   loss of 50 rounds: highest, last   accuracy: lowest, last   "
+          "held-out loss, accuracy: last   drop")
+    for seed in range(n_seeds):
+        facts = dpo(seed, "dpo")
+        rows = [row for row in facts["history"] if row["pairs"]]
+        loss, accuracy = (np.convolve([row[name] for row in rows], np.ones(50) / 50, "valid")
+                          for name in ("loss", "rewards/accuracies"))
+        measured = [row for row in facts["history"] if "shares" in row]
+        both = np.array([row["shares"]["right, preferred"] for row in measured])
+        print(f"{seed:4}  {run('sft', f'sft{seed}')['seconds']:7.0f}, {facts['seconds']:3.0f}"
+              f"{loss.max():21.2f}, {loss[-1]:.2f}{accuracy.min():26.2f}, {accuracy[-1]:.2f}"
+              f"{measured[-1]['eval_loss']:25.2f}, {measured[-1]['eval_rewards/accuracies']:.2f}"
+              f"{(np.maximum.accumulate(both) - both).max():15.2f}")
 
 
-def draw_lesson(runs, path):
-    """What DPO does to the answers, for each of {title: history}: kinds of answers, and logps."""
-    import plots
-    figure, grid = plots.axes(2, len(runs), size=(5.6 * len(runs), 7), sharey="row")
-    for i, (title, history) in enumerate(runs.items()):
-        plots.answer_kinds(grid[i], history, title)
-        plots.lines(grid[len(runs) + i], history, {"logps/chosen": plots.GREEN,
-                                                   "logps/rejected": plots.RED},
-                    "log-probability of a completion")
-    plots.save(figure, path)
+def lesson(n_seeds=2):
+    """Where the probability goes, for three sources of pairs, the same number of steps on each."""
+    histories = {}
+    for seed in range(n_seeds):
+        for source in SOURCES:
+            name = "dpo" if source == "online" else source
+            history = dpo(seed, name, "--pairs", source)["history"]
+            histories.setdefault(source, history)  # the picture shows seed 0
+            last = [log for log in history if log["pairs"]][-1]
+            row = metrics(f"{name}{seed}")
+            print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  accuracy {rewards/accuracies:.2f}  "
+                  "rewards {rewards/chosen:+.1f} {rewards/rejected:+.1f}".format(**last),
+                  " both {both:.3f}  exact {exact:.3f}  preferred {preferred:.3f}".format(**row))
+    figure, grid = plots.axes(2, 3, size=(14, 8), sharey="row")
+    for i, (source, history) in enumerate(histories.items()):
+        plots.stacked_outcomes(grid[i], history, SOURCES[source])
+        plots.curves(grid[3 + i], history, {"rewards/chosen": (plots.GREEN, "chosen, "),
+                                            "rewards/rejected": (plots.RED, "rejected, ")},
+                     ylabel="reward of the pairs (beta x nats)")
+    figure.suptitle("the same loss, the same number of steps: what the policy answers depends on "
+                    "where the pairs come from")
+    plots.save(figure, ROOT / "assets" / "lesson.png")
 
 
-def beta(arguments):
-    """Preferred and exact answers against the divergence from the reference, for several betas."""
-    one_seed(0, rule=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        points = list(pool.map(partial(point, RUNS / "sft0.npz"), BETAS))
-    for p in points:
-        print("  ".join(f"{name} {value:.3f}" for name, value in p.items()))
-    draw_sweep(points, ROOT / "assets" / "beta.png")
-
-
-def point(sft, beta):
-    """One DPO run: metrics on held-out targets, and KL(policy || reference) on their answers."""
-    import numpy as np
-    import data
-    import eval as evaluation
-    from sft import completion_logps
-    from tinygrad_lite import no_grad
-    name = "dpo0" if beta == 0.8 else f"beta{beta:g}"
-    facts = run("dpo", name, "--seed", "0", "--sft", sft, "--beta", str(beta))
-    policy, reference = evaluation.load(RUNS / f"{name}.npz"), evaluation.load(sft)
-    lines = data.pad(evaluation.sample(policy, data.HELD_OUT * 50, 1.0, np.random.default_rng(0)))
+def divergence(policy, reference):
+    """KL(policy || reference) in nats an answer, on the policy's answers to held-out targets."""
+    lines = evaluation.sample(policy, data.HELD_OUT * 50, 1.0, np.random.default_rng(0))
     with no_grad():
-        logps, reference_logps = (completion_logps(m, lines).numpy() for m in (policy, reference))
-    metrics = row(facts, "sampled", "held-out")
-    return {"beta": beta, "divergence": float((logps - reference_logps).mean()),
-            "preferred": metrics["preferred"], "exact": metrics["exact"]}
+        logps, reference_logps = (completion_logps(model, data.pad(lines)).numpy()
+                                  for model in (policy, reference))
+    return float((logps - reference_logps).mean())
 
 
-def draw_sweep(points, path):
-    """One place on each curve for each of `points`, labelled with its beta."""
-    import plots
-    figure, (ax,) = plots.axes()
-    points = sorted(points, key=lambda point: point["divergence"])
-    for name, colour in (("preferred", plots.ORANGE), ("exact", plots.BLUE)):
-        ax.plot([p["divergence"] for p in points], [p[name] for p in points], "o-", color=colour,
-                label=name)
-    for p in points:
-        ax.annotate(f"{p['beta']:g}", (p["divergence"], min(p["preferred"], p["exact"])),
-                    textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
-    ax.margins(0.08, 0.15)  # room for the labels
-    ax.set(xlabel="KL(policy || reference), nats per answer", ylabel="share of sampled answers",
-           title="held-out targets, labelled by beta")
-    ax.legend(frameon=False)
-    plots.save(figure, path)
+def beta():
+    """A sweep of beta: the gain, its cost in divergence, and the rounds to nine in ten."""
+    points = []
+    for value in BETAS:
+        name = "dpo" if value == 0.8 else f"beta{value:g}-"
+        history = dpo(0, name, "--beta", str(value))["history"]
+        row = metrics(f"{name}0")
+        rounds = [log["round"] for log in history
+                  if log.get("shares", {}).get("right, preferred", 0) >= 0.9]
+        points.append((value, row["both"], row["exact"], row["preferred"], divergence(
+            *(evaluation.load(path) for path in (RUNS / f"{name}0.npz", sft(0))))))
+        print("beta {:<5g} both {:.3f}  exact {:.3f}  preferred {:.3f}  divergence {:.2f} nats"
+              .format(*points[-1]), f" 0.9 after round {rounds[0] if rounds else '-'}")
+    betas, both, exact, preferred, nats = zip(*points)
+    figure, (gain, cost) = plots.axes(1, 2, size=(11, 4), sharex=True)
+    for name, values, colour in (("right and preferred", both, plots.GREEN),
+                                 ("right sum", exact, plots.BLUE),
+                                 ("preferred", preferred, plots.ORANGE)):
+        gain.plot(betas, values, "o-", color=colour, label=name)
+    cost.plot(betas, nats, "o-", color=plots.RED)
+    gain.set(title="the gain", xlabel="beta", ylabel="share of answers to held-out targets")
+    cost.set(title="the cost: a larger beta stays closer", xlabel="beta", xscale="log",
+             ylabel="KL(policy || reference), nats an answer", ylim=(0, None))
+    cost.set_xticks(betas, [f"{value:g}" for value in betas], minor=False)
+    cost.minorticks_off()
+    plots.legend_below(gain)
+    plots.save(figure, ROOT / "assets" / "beta.png")
 
 
 def main():
@@ -150,7 +162,9 @@ def main():
     parser.add_argument("experiment", choices=["seeds", "lesson", "beta"])
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default: 5)")
     arguments = parser.parse_args()
-    {"seeds": seeds, "lesson": lesson, "beta": beta}[arguments.experiment](arguments)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    {"seeds": lambda: seeds(arguments.seeds), "lesson": lesson, "beta": beta
+     }[arguments.experiment]()
 
 
 if __name__ == "__main__":

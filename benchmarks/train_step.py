@@ -1,178 +1,91 @@
 """One training step, in this engine, in PyTorch and in JAX: which is quickest?
 
-    python benchmarks/train_step.py                            all sizes, about half an hour
     python benchmarks/train_step.py --sizes default --rounds 2
 
-A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for one model
-with one set of weights and one batch. Before anything is compared, the losses of the first steps
-must agree to 1e-4. Each library runs alone, in processes of its own (this engine's "threads" in the
-table are processes), they take turns, and the median over all turns counts. PyTorch (fused Adam,
-scaled_dot_product_attention) is given the better of one thread and one for each core, eager and
-compiled; JAX runs one jitted step on donated buffers.
-
-`products` are the step's matrix products alone, the floor for code that calls NumPy's BLAS: each in
-the layout that proves quickest on the spot, in the engine's shards, with threads. The rows of real
-lines train on lines made anew for each step, in shards of like length as sft.py does, or all padded
-to the longest line. PyTorch and JAX are left out where they are not installed.
+A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for the same
+weights and batch; the losses of the first steps must agree to 1e-4. PyTorch (fused Adam,
+scaled_dot_product_attention) gets the better of one thread and one for each core, JAX one jitted
+step on donated buffers. `products` are the step's matrix products alone, in the engine's layout;
+`real_sorted` is sft.train itself, on lines of the task, which are shorter.
 """
 import argparse
-import itertools
-import json
-import math
 from functools import partial
 
-from common import (BETAS, CORES, EPS, LEARNING_RATE, MAX_NORM, SIZES, VOCABULARY, Contestant,
-                    best_scores, describe, engine_step, finish, mapper, model_and_batch,
-                    print_table, run_worker, take_turns, time_calls)
-from cli import count
+from common import CORES, SIZES, VOCABULARY, new_model, new_parser, run, time_calls
+from cli import whole
+from tinygrad_lite import Adam, clip_grad_norm, functional as F
+import numpy as np
+import sft
 
-WARM_UP = 10
-CONTESTANTS = [Contestant("numpy", CORES),
-               Contestant("numpy_1_thread", 1),
-               Contestant("numpy_blas_threads", 1, blas_threads=CORES),
-               *[Contestant(name, threads) for name in ("torch_eager", "torch_compile")
-                 for threads in sorted({1, CORES})],
-               Contestant("jax", CORES),
-               Contestant("products", CORES),
-               Contestant("real_sorted", CORES),
-               Contestant("real_padded", CORES)]
+LEARNING_RATE, BETAS, EPS, MAX_NORM = 1e-3, (0.9, 0.99), 1e-8, 1.0
 
 
-# This engine.
-
-def numpy_step(size, threads, map_fn):
-    import sft
-    return engine_step(size, sft.SHARD, map_fn)
+def random_ids(size):
+    return np.random.default_rng(0).integers(0, VOCABULARY, (size.lines, size.tokens + 1))
 
 
-def real_sorted_step(size, threads, map_fn):
-    import data
-    import sft
-    return real_step(size, map_fn,
-                     lambda ids: [ids for ids, in data.by_length(ids, size=sft.SHARD)])
-
-
-def real_padded_step(size, threads, map_fn):
-    import numpy as np
-    import sft
-    return real_step(size, map_fn,
-                     lambda ids: np.split(ids, range(sft.SHARD, len(ids), sft.SHARD)))
-
-
-def real_step(size, map_fn, cut):
-    """As sft.train: new lines for each step, `cut` into shards."""
-    import numpy as np
-    import data
-    import sft
-    from tinygrad_lite import Adam, clip_grad_norm, value_and_grad
-    model, _ = model_and_batch(size)
-    parameters, rng = model.parameters(), np.random.default_rng(0)
+def numpy_step(world, size, threads):
+    """As sft.train: a function that makes a step and returns the loss, here of every token."""
+    model, shards = new_model(size), np.array_split(random_ids(size), size.lines // sft.SHARD)
+    parameters = model.parameters()
     optimizer = Adam(parameters, LEARNING_RATE, BETAS, EPS)
 
     def step():
-        ids = data.random_lines(size.lines, rng)
-        n_tokens = int(data.completion_mask(ids).sum())
-        loss = partial(sft.sft_loss, model, n_tokens=n_tokens)
-        losses = value_and_grad(loss, parameters, cut(ids), map_fn)
+        batch_loss = 0.0
+        for ids in world.share(shards):
+            logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())
+            loss = -logps.sum() / (size.lines * size.tokens)
+            loss.backward()
+            batch_loss += loss.item()
+        world.all_reduce_gradients(parameters)
+        batch_loss = float(world.all_reduce(batch_loss))
         clip_grad_norm(parameters, MAX_NORM)
         optimizer.step()
-        return math.fsum(losses)
+        optimizer.zero_grad()
+        return batch_loss
     return step
 
 
-# The matrix products alone.
+def real_step(world, size, threads):
+    batches = sft.random_batches(size.lines, np.random.default_rng(0))
+    return partial(next, sft.train(new_model(size), batches, 10 ** 6, LEARNING_RATE, world))
 
-def products_step(size, threads, map_fn):
-    """Every product of a step's forward and backward, into arrays that are there already."""
-    import numpy as np
-    import sft
-    layouts, shards = {}, []
-    for first in range(0, size.lines, sft.SHARD):
-        lines = min(sft.SHARD, size.lines - first)
-        shapes = product_shapes(size, lines)
-        layouts |= {shape: quickest_layout(*shape) for shape in shapes if shape not in layouts}
-        shards.append([operands(*shape, layouts[shape]) for shape in shapes])
 
-    def run(shard):
-        for a, b, out in shard:
-            np.matmul(a, b, out=out)
+def products_step(world, size, threads):
+    """A layer makes W x, W^T g and g x^T; attention K^T Q, Q S and K S^T, twice, for each line and
+    head. The embedding's gradient is no product by nature, and left out."""
+    rng, d, hidden, products = np.random.default_rng(0), size.d_model, size.d_hidden, []
+    layers = [(3 * d, d), (d, d), (2 * hidden, d), (d, hidden)] * size.n_layers + [(VOCABULARY, d)]
+    array = partial(rng.standard_normal, dtype=np.float32)
+    n, head = sft.SHARD * size.tokens, d // size.n_heads
+    for _ in world.share(range(size.lines // sft.SHARD)):
+        for outputs, inputs in layers:
+            weight, x, grad = array((outputs, inputs)), array((inputs, n)), array((outputs, n))
+            products += [(weight, x), (weight.T, grad), (grad, x.T)]
+        for _ in range(size.n_layers):  # (H, B, ..., T), as in functional.causal_attention
+            q, k = array((2, size.n_heads, head, sft.SHARD, size.tokens)).swapaxes(2, 3)
+            s = array((size.tokens, size.n_heads, sft.SHARD, size.tokens)).transpose(1, 2, 0, 3)
+            products += 2 * [(k.swapaxes(2, 3), q), (q, s), (k, s.swapaxes(2, 3))]
+    products = [(a, b, a @ b) for a, b in products]
 
     def step():
-        for _ in map_fn(run, shards):
-            pass
-        return 0.0
+        for a, b, out in products:
+            np.matmul(a, b, out=out)
+        return float(world.all_reduce(0.0))  # waits for all
     return step
 
 
-def product_shapes(size, lines):
-    """(how many, n, k, m) of each product (n, k) @ (k, m), in order; linear layers come as one.
-
-    With N positions a layer of weight (i, o) makes W^T x, W dy and dy x^T, in columns. For each
-    line and head attention makes S = Q K^T and O = P V, then P^T dO, dO V^T, dS K and dS^T Q. The
-    embedding's gradient is no product by nature, and left out.
-    """
-    d, hidden, tokens = size.d_model, size.d_hidden, size.tokens
-    positions, head = lines * tokens, d // size.n_heads
-
-    def linear(i, o):
-        return [(1, o, i, positions), (1, i, o, positions), (1, o, positions, i)]
-
-    each = lines * size.n_heads
-    scores, values = (each, tokens, head, tokens), (each, tokens, tokens, head)
-    attention = [scores, values, values, scores, values, values]
-    block = [*linear(d, 3 * d), *attention, *linear(d, d), *linear(d, 2 * hidden),
-             *linear(hidden, d)]
-    return block * size.n_layers + linear(d, VOCABULARY)
-
-
-def operands(times, n, k, m, layout):
-    """Arrays a (n, k), b (k, m) and out (n, m), each row by row ("C") or column by column ("F")."""
-    import numpy as np
-    rng = np.random.default_rng(0)
-    arrays = []
-    for (rows, columns), order in zip([(n, k), (k, m), (n, m)], layout):
-        shape = (rows, columns) if order == "C" else (columns, rows)
-        array = rng.standard_normal((times, *shape), np.float32)
-        array = array if order == "C" else array.swapaxes(1, 2)
-        arrays.append(array[0] if times == 1 else array)
-    return arrays
-
-
-def quickest_layout(times, n, k, m):
-    """The layout of the two factors and the product that takes the least time, of all eight."""
-    import numpy as np
-
-    def milliseconds(layout):
-        a, b, out = operands(times, n, k, m, layout)
-        return min(time_calls(lambda: np.matmul(a, b, out=out), calls=7))
-    return min(itertools.product("CF", repeat=3), key=milliseconds)
-
-
-# PyTorch.
-
-def torch_eager_step(size, threads, map_fn):
-    return torch_step(size, threads, torch_loss)
-
-
-def torch_compile_step(size, threads, map_fn):
-    import torch
-    return torch_step(size, threads, lambda *arguments: torch.compile(torch_loss(*arguments, True)))
-
-
-def torch_step(size, threads, make_loss):
+def torch_step(world, size, threads, compiled=False):
     import torch
     torch.set_num_threads(threads)
-    model, ids = model_and_batch(size)
-    ids = torch.from_numpy(ids)
+    ids = torch.from_numpy(random_ids(size))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
-    weights = {name: torch.from_numpy(p.data) for name, p in model.named_parameters().items()}
-    for name, weight in weights.items():
-        if weight.ndim == 2 and name != "embedding":
-            weight = weight.T  # PyTorch's linear layers store (outputs, inputs)
-        weights[name] = weight.clone(memory_format=torch.contiguous_format).requires_grad_()
-    parameters = list(weights.values())
+    weights = {name: torch.tensor(p.data.T.copy() if name == "embedding" else p.data,
+                                  requires_grad=True)
+               for name, p in new_model(size).named_parameters().items()}
+    parameters, loss_fn = list(weights.values()), torch_loss(size, weights)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS, EPS, fused=True)
-    loss_fn = make_loss(size, weights)
+    loss_fn = torch.compile(loss_fn) if compiled else loss_fn
 
     def step():
         optimizer.zero_grad()
@@ -184,25 +97,17 @@ def torch_step(size, threads, make_loss):
     return step
 
 
-def torch_loss(size, p, compiled=False):
-    """The loss as a function of ids (B, T) and targets (B T,).
-
-    Rotary positions as each likes them best: eager in few calls, the compiler from slices.
-    """
+def torch_loss(size, p):
+    """The loss as a function of ids (B, T) and targets (B T,)."""
     import torch
     import torch.nn.functional as TF
     width, half = (size.d_model,), size.d_model // size.n_heads // 2
-    cos, sin = (torch.from_numpy(table) for table in rotary_tables(size))  # (T, d)
+    cos, sin = map(torch.from_numpy, rotary_tables(size))  # (T, d)
 
     def attention(qkv):
-        heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1)
-        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        qk = heads[:2]
-        if compiled:
-            (a, b), c, s = qk.chunk(2, -1), cos[:, :half], sin[:, half:]
-            q, k = torch.cat((a * c - b * s, b * c + a * s), -1)
-        else:
-            q, k = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
+        heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1).permute(2, 0, 3, 1, 4)
+        qk = heads[:2]  # (2, B, H, T, d)
+        q, k = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
         out = TF.scaled_dot_product_attention(q, k, heads[2], is_causal=True)
         return out.transpose(1, 2).flatten(2)
 
@@ -222,25 +127,22 @@ def torch_loss(size, p, compiled=False):
 
 def rotary_tables(size):
     """(T, d) each: rotated x = x cos + (x with its halves swapped) sin."""
-    import numpy as np
     half = size.d_model // size.n_heads // 2
     angle = np.arange(size.tokens)[:, None] * 10000.0 ** (-np.arange(half) / half)  # (T, d/2)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return (np.concatenate([cos, cos], axis=1).astype(np.float32),
-            np.concatenate([-sin, sin], axis=1).astype(np.float32))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return np.hstack([cos, cos]), np.hstack([-sin, sin])
 
 
-# JAX.
-
-def jax_step(size, threads, map_fn):
+def jax_step(world, size, threads):
     import jax
     import jax.numpy as jnp
-    model, ids = model_and_batch(size)
-    state = [{name: jnp.array(p.data) for name, p in model.named_parameters().items()}]
-    state += [jax.tree.map(jnp.zeros_like, state[0]) for _ in range(2)]  # Adam's two moments
-    state += [jnp.zeros((), jnp.int32)]  # its count of steps
+    weights = {name: jnp.array(p.data.T.copy())  # (inputs, outputs), for x @ W
+               for name, p in new_model(size).named_parameters().items()}
+    mean, square = (jax.tree.map(jnp.zeros_like, weights) for _ in range(2))
+    state, ids = [weights, mean, square, jnp.zeros((), jnp.int32)], jnp.array(random_ids(size))
     loss_and_grad = jax.value_and_grad(jax_loss(size))
 
+    @partial(jax.jit, donate_argnums=(0, 1, 2, 3))
     def update(weights, mean, square, steps, ids):
         loss, grads = loss_and_grad(weights, ids)
         norm = jnp.sqrt(sum(jnp.vdot(grad, grad) for grad in grads.values()))
@@ -253,11 +155,8 @@ def jax_step(size, threads, map_fn):
             weights[name] -= LEARNING_RATE / (1 - BETAS[0] ** steps) * mean[name] / (root + EPS)
         return loss, (weights, mean, square, steps)
 
-    compiled, ids = jax.jit(update, donate_argnums=(0, 1, 2, 3)), jnp.array(ids)
-
     def step():
-        loss, state[:] = compiled(*state, ids)
-        jax.block_until_ready(state)
+        loss, state[:] = jax.block_until_ready(update(*state, ids))
         return float(loss)
     return step
 
@@ -266,7 +165,7 @@ def jax_loss(size):
     """The loss as a function of weights and ids (B, T + 1)."""
     import jax
     import jax.numpy as jnp
-    d, half = size.d_model, size.d_model // size.n_heads // 2
+    half = size.d_model // size.n_heads // 2
     cos, sin = (table[:, None] for table in rotary_tables(size))  # (T, 1, d)
     hidden_later = jnp.triu(jnp.full((size.tokens, size.tokens), -jnp.inf), 1)
 
@@ -279,7 +178,7 @@ def jax_loss(size):
         q, k = (x * cos + jnp.roll(x, half, axis=-1) * sin for x in (q, k))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q * (2 * half) ** -0.5, k) + hidden_later
         out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
-        return out.reshape(*qkv.shape[:2], d)
+        return out.reshape(*qkv.shape[:2], -1)
 
     def loss(p, ids):
         x = p["embedding"][ids[:, :-1]]
@@ -294,61 +193,33 @@ def jax_loss(size):
     return loss
 
 
-# The comparison.
+CONTESTANTS = {  # name: (step, [(processes, threads), ...])
+    "numpy": (numpy_step, [(CORES, 1)]),
+    "numpy_1_thread": (numpy_step, [(1, 1)]),
+    "torch_eager": (torch_step, [(1, 1), (1, CORES)]),
+    "torch_compile": (partial(torch_step, compiled=True), [(1, 1), (1, CORES)]),
+    "jax": (jax_step, [(1, CORES)]),
+    "products": (products_step, [(CORES, 1)]),
+    "real_sorted": (real_step, [(CORES, 1)])}
 
-STEPS = {"numpy": numpy_step, "numpy_1_thread": numpy_step, "numpy_blas_threads": numpy_step,
-         "torch_eager": torch_eager_step, "torch_compile": torch_compile_step, "jax": jax_step,
-         "products": products_step, "real_sorted": real_sorted_step,
-         "real_padded": real_padded_step}
-REAL = {"real_sorted": "real lines, sorted by length", "real_padded": "real lines, all padded"}
 
-
-def work(name, size, threads, steps):
+def work(world, new_step, threads, size, arguments):
     """One turn of one contestant: the losses of the first steps, and the times of later ones."""
-    with mapper(name, threads) as map_fn:
-        step = STEPS[name](size, threads, map_fn)
-        losses = [step() for _ in range(WARM_UP)]
-        return {"losses": losses, "times": time_calls(step, calls=steps)}
+    step = new_step(world, SIZES[size], threads)
+    return {"check": [step() for _ in range(10)],
+            "times": time_calls(step, world, arguments.steps)}
 
 
-def check_losses(results):
-    """Exit unless every library's first losses are the engine's, to 1e-4."""
-    losses = {contestant.name: turns[0]["losses"] for contestant, turns in results.items()}
-    if "numpy" not in losses:
-        raise SystemExit("the engine's own step does not work; nothing to compare with")
-    for name, own in losses.items():
-        if name == "products" or name in REAL:
-            continue
-        error = max(abs(a - b) / abs(b) for a, b in zip(own, losses["numpy"]))
-        if not error < 1e-4:
-            raise SystemExit(f"{name} does not do the same step: its losses are {own}, the "
-                             f"engine's {losses['numpy']}")
-
-
-def compare(name, rounds, steps):
-    """The scores at one size, by contestant."""
-    results = take_turns(__file__, CONTESTANTS, ["--size", name, "--steps", str(steps)], rounds)
-    check_losses(results)
-    return best_scores(results)
-
-
-def as_json(size, scores):
-    """Median milliseconds by contestant; None for what is not installed."""
-    return {"size": size._asdict(),
-            **{name: round(scores[name].median, 3) if name in scores else None for name in STEPS}}
-
-
-def print_scores(name, size, scores):
-    print(f"\n{name}: {describe(size)}")
-    rows = []
-    for label, score in scores.items():
-        ratio = f"{score.median / scores['numpy'].median:.2f}"
-        if label in REAL:  # shorter lines, so no step to compare with
-            label, ratio = REAL[label], ""
-        rows.append((label, score.threads, f"{score.median:.1f}",
-                     f"{score.low:.1f}-{score.high:.1f}", ratio,
-                     f"{1000 * size.lines / score.median:,.0f}"))
-    print_table(("", "threads", "median ms", "turns", "x numpy", "lines/s"), rows)
+def report(name, scores, arguments):
+    """The median milliseconds of each. Exits unless the losses of all libraries agree."""
+    size, own = SIZES[name], scores["numpy"].check
+    for library in ("numpy_1_thread", "torch_eager", "torch_compile", "jax"):
+        found = scores[library].check if scores[library] else own
+        if not np.allclose(found, own, rtol=1e-4, atol=0):
+            raise SystemExit(f"{library} does not do the same step: losses {found}, not {own}")
+    medians = {step: score and round(score.median, 3) for step, score in scores.items()}
+    title = ", ".join(f"{key} {value}" for key, value in size._asdict().items())
+    return {"size": size._asdict(), **medians}, f"{name}: {title}", size.lines, "lines"
 
 
 def size_names(text):
@@ -358,35 +229,12 @@ def size_names(text):
     return names
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description="Time one training step here, in PyTorch and in JAX.")
-    add = parser.add_argument
-    add("--sizes", type=size_names, default=list(SIZES),
-        help=f"some of {','.join(SIZES)}; default: all")
-    add("--rounds", type=count, default=5, help="turns of each library; default 5")
-    add("--steps", type=count, default=60, help="timed steps in a turn; default 60")
-    add("--json", action="store_true", help="print the medians as JSON, in milliseconds")
-    for flag, kind in (("--worker", str), ("--size", str), ("--threads", count)):
-        add(flag, type=kind, help=argparse.SUPPRESS)  # how this script starts itself for one turn
-    return parser.parse_args()
-
-
 def main():
-    arguments = parse_arguments()
-    if arguments.worker:
-        run_worker(work, arguments.worker, SIZES[arguments.size], arguments.threads,
-                   arguments.steps)
-        return
-    records = []
-    for name in arguments.sizes:
-        scores = compare(name, arguments.rounds, arguments.steps)
-        records.append(as_json(SIZES[name], scores))
-        if not arguments.json:
-            print_scores(name, SIZES[name], scores)
-    if arguments.json:
-        print(json.dumps(records, indent=2))
+    parser = new_parser("Time one training step here, in PyTorch and in JAX.")
+    parser.add_argument("--sizes", type=size_names, default=",".join(SIZES), help="some of these")
+    parser.add_argument("--steps", type=whole(1), default=60, help="timed steps in a turn")
+    run(parser, "sizes", CONTESTANTS, work, report)
 
 
 if __name__ == "__main__":
-    finish(main)
+    main()

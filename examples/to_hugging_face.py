@@ -1,69 +1,41 @@
-"""A checkpoint of this project as a folder of Hugging Face transformers, and such a folder back.
-
-    python examples/to_hugging_face.py runs/sft.npz runs/sft_hf
-
-`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load the folder: a
-LlamaForCausalLM with the same weights, and a tokenizer that encodes and decodes as data.py does.
-"""
+"""Write a checkpoint of this project as a folder of Hugging Face transformers."""
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the project's modules
-import cli  # noqa: E402
-
-
-def parser():
-    new = cli._Parser("examples/to_hugging_face", "Write a checkpoint as a Hugging Face folder.")
-    new.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
-                     help="what sft.py or dpo.py wrote")
-    new.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write")
-    return new
-
-
-if __name__ == "__main__":
-    cli.PARSERS["to_hugging_face"] = parser
-    raise SystemExit(cli.main("to_hugging_face"))
-
-import tinygrad_lite  # noqa: E402, F401  before NumPy, for the number of BLAS threads
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's modules
+import cli  # noqa: E402  before NumPy, for the number of BLAS threads
 import numpy as np  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
-from transformer import Config, Transformer, parameter_shapes  # noqa: E402
+from transformer import Config, Transformer  # noqa: E402
 
-try:
-    from safetensors.numpy import load_file, save_file
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-except ImportError as missing:
-    raise cli.UserError(f"{missing}; pip install -r examples/requirements.txt") from None
+OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+IN_A_BLOCK = {
+    "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention_out": ["self_attn.o_proj"], "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"]}
 
 
 def their_names(name):
-    """The names of our weight in a LlamaForCausalLM: of all that lie side by side in ours."""
-    outside = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    inside = {"attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
-              "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-              "attention_out": ["self_attn.o_proj"],
-              "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
-    if name in outside:
-        return [outside[name] + ".weight"]
+    """The names of our weight in a LlamaForCausalLM: of all that lie one below the other in it."""
+    if name in OUTSIDE:
+        return [f"{OUTSIDE[name]}.weight"]
     _, i, part = name.split(".")  # blocks.{i}.{part}
-    return [f"model.layers.{i}.{theirs}.weight" for theirs in inside[part]]
-
-
-def turned(name, array):
-    """Theirs from ours, or back: a matrix is (outputs, inputs) in torch, (inputs, outputs) here."""
-    return np.ascontiguousarray(array if name == "embedding" else array.T)
+    return [f"model.layers.{i}.{theirs}.weight" for theirs in IN_A_BLOCK[part]]
 
 
 def llama_weights(model):
-    """{their name: array}, transposed and split."""
+    """{their name: array}: ours, split; the embedding alone lies transposed here."""
     weights = {}
     for name, parameter in model.named_parameters().items():
-        theirs = their_names(name)
-        for their_name, piece in zip(theirs, np.split(parameter.data, len(theirs), axis=-1)):
-            weights[their_name] = turned(name, piece)
+        array = parameter.data.T if name == "embedding" else parameter.data
+        names = their_names(name)
+        weights |= zip(names, map(np.ascontiguousarray, np.split(array, len(names))))
     return weights
 
 
@@ -96,7 +68,6 @@ def tokenizer():
 
 def export(model, folder):
     """Write config.json, model.safetensors and the tokenizer."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     llama_config(model.config).save_pretrained(folder)
     save_file(llama_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
@@ -105,7 +76,6 @@ def export(model, folder):
 
 def from_hugging_face(folder):
     """The Transformer of such a folder, also of a trained one. UserError if it is none."""
-    folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise cli.UserError(f"no {name} in {folder}; write it with examples/to_hugging_face.py")
@@ -121,8 +91,8 @@ def from_hugging_face(folder):
                 raise ValueError(f"{name} is {getattr(llama, name)}")
         weights = load_file(folder / "model.safetensors")
         for name, parameter in model.named_parameters().items():
-            pieces = [turned(name, weights[theirs]) for theirs in their_names(name)]
-            array = np.concatenate(pieces, axis=-1)
+            array = np.concatenate([weights[theirs] for theirs in their_names(name)])
+            array = np.ascontiguousarray(array.T if name == "embedding" else array)
             if array.shape != parameter.shape or array.dtype != np.float32:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             parameter.data = array
@@ -132,6 +102,20 @@ def from_hugging_face(folder):
     return model
 
 
-def main(arguments):
+def parse_arguments(argv):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
+                        help="what sft.py or dpo.py wrote")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Write the folder, for AutoModelForCausalLM and AutoTokenizer.from_pretrained."""
+    arguments = parse_arguments(argv)
     export(evaluation.load(arguments.checkpoint), arguments.folder)
-    print(f"wrote {arguments.folder}; next: python examples/write_pairs.py runs/pairs.jsonl")
+    print(f"wrote {arguments.folder}; next: examples/online_dpo_trl.py {arguments.folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,50 +1,17 @@
-"""Preference pairs, or SFT lines, as JSON lines with the columns TRL asks for.
-
-    python examples/write_pairs.py runs/pairs.jsonl                     # sampled from runs/sft.npz
-    python examples/write_pairs.py runs/pairs.jsonl --pairs rule
-    python examples/write_pairs.py runs/lines.jsonl --sft
-
-A pair is {"prompt": "100=", "chosen": "50+30+20", "rejected": "50+50"}, an SFT line
-{"prompt": "100=", "completion": "50+50"}. TRL ends every completion with the end token by itself.
-"""
+"""Write preference pairs, or SFT lines, as JSON lines with the columns TRL asks for."""
+import json
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the project's modules
-import cli  # noqa: E402
-
-
-def parser():
-    new = cli._Parser("examples/write_pairs", "Write preference pairs or SFT lines for TRL.")
-    new.add_argument("out", type=Path, metavar="FILE", help="the file of JSON lines to write")
-    what = new.add_mutually_exclusive_group()
-    what.add_argument("--pairs", choices=["sampled", "rule"], default="sampled",
-                      help="answers sampled from --checkpoint, judged; or right sums made by rule")
-    what.add_argument("--sft", action="store_true", help="write SFT lines instead of pairs")
-    new.add_argument("--n", type=cli.count, default=1024, help="pairs or lines to write")
-    new.add_argument("--checkpoint", type=Path, default=Path("runs/sft.npz"),
-                     help="the model that is sampled from")
-    new.add_argument("--prefer", type=int, choices=range(2, 6), default=3,
-                     help="the preferred number of terms")
-    new.add_common("all that is random")
-    return new
-
-
-if __name__ == "__main__":
-    cli.PARSERS["write_pairs"] = parser
-    raise SystemExit(cli.main("write_pairs"))
-
-import json  # noqa: E402
-
-from tinygrad_lite import parallel_map  # noqa: E402  before NumPy, for its BLAS threads
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's modules
+import cli  # noqa: E402  before NumPy, for the number of BLAS threads
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
 import dpo  # noqa: E402
 import eval as evaluation  # noqa: E402
-from transformer import atomic_write  # noqa: E402
 
-PROMPTS, ANSWERS = 128, 8  # of a round of sampling, as in dpo.py
+PROMPTS, ANSWERS = 128, 8  # of a round of sampling
 
 
 def split(line):
@@ -53,19 +20,15 @@ def split(line):
     return head + equals, completion
 
 
-def has_ended(line):
-    return data.END in line
-
-
-def pair_rows(chosen, rejected):
-    """Pairs of lines (pairs, T) as rows of the file.
+def pair_rows(pairs):
+    """Pairs, ids (P, 2, T), as rows of the file.
 
     Those where an answer has no end token (it ran to data.MAX_LEN) are left out: TRL would add one.
     """
-    for good, bad in zip(chosen, rejected):
-        if has_ended(good) and has_ended(bad):
-            prompt, completion = split(good)
-            yield {"prompt": prompt, "chosen": completion, "rejected": split(bad)[1]}
+    for chosen, rejected in pairs:
+        if data.END in chosen and data.END in rejected:
+            prompt, completion = split(chosen)
+            yield {"prompt": prompt, "chosen": completion, "rejected": split(rejected)[1]}
 
 
 def sft_rows(lines):
@@ -74,36 +37,54 @@ def sft_rows(lines):
         yield dict(zip(("prompt", "completion"), split(line)))
 
 
-def sampled_rows(model, n, prefer, rng, map_fn):
+def sampled_rows(model, n, prefer, rng):
     """n pairs of the model's own answers, from as many rounds of sampling as that takes."""
-    rows, without = [], 0
+    rows, empty = [], 0
     while len(rows) < n:
-        pairs = dpo.sampled_pairs(model, PROMPTS, ANSWERS, prefer, rng, map_fn)
-        new = list(pair_rows(*pairs)) if pairs else []
-        without = 0 if new else without + 1
-        if without == dpo.PATIENCE:
-            raise cli.UserError(f"no prompt had both a preferred and another answer in {without} "
-                                f"rounds in a row; train a better SFT model")
-        rows += new
+        targets = rng.choice(data.TRAINING, PROMPTS)
+        new = list(pair_rows(dpo.judged_pairs(model, targets, ANSWERS, prefer, rng)))
+        rows, empty = rows + new, 0 if new else empty + 1
+        if empty == dpo.PATIENCE:
+            raise cli.UserError(f"no pair in {empty} rounds of {PROMPTS * ANSWERS:,} answers; "
+                                f"train SFT longer")
     return rows[:n]
 
 
-def write(path, rows):
-    """Rows as JSON lines; an earlier file stays whole until the end."""
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+def parse_arguments(argv):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("out", type=Path, metavar="FILE", help="the file of JSON lines to write")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--pairs", choices=["sampled", "rule"], default="sampled",
+                      help="answers sampled from --checkpoint, judged; or right sums made by rule")
+    what.add_argument("--sft", action="store_true", help="write SFT lines instead of pairs")
+    add = parser.add_argument
+    add("--n", type=cli.whole(1), default=1024, help="pairs or lines to write")
+    add("--checkpoint", type=Path, default=Path("runs/sft.npz"),
+        help="the model that is sampled from")
+    add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of all that is random")
+    return parser.parse_args(argv)
 
 
-def main(arguments):
+def main(argv=None):
+    """Write the file, once it is complete."""
+    arguments = parse_arguments(argv)
     out, n, prefer = arguments.out, arguments.n, arguments.prefer
+    target = out.resolve()
+    if target.suffix == ".npz" or target == arguments.checkpoint.resolve():
+        raise cli.UserError(f"{out} is or could be a checkpoint; name a .jsonl file to write")
+    cli.outputs(out)
     rng = np.random.default_rng(arguments.seed)
     if arguments.sft:
         rows = list(sft_rows(data.random_lines(n, rng)))
     elif arguments.pairs == "rule":
-        rows = list(pair_rows(*dpo.rule_pairs(n, prefer, rng)))
+        rows = list(pair_rows(next(dpo.rule_rounds(n, prefer, rng))))
     else:
-        model = evaluation.load(arguments.checkpoint)
-        with parallel_map(arguments.threads) as map_fn:
-            rows = sampled_rows(model, n, prefer, rng, map_fn)
-    write(out, rows)
+        rows = sampled_rows(evaluation.load(arguments.checkpoint), n, prefer, rng)
+    with cli.atomic_write(out) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     print(f"wrote {len(rows):,} rows to {out}, the first: {json.dumps(rows[0])}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,15 +1,21 @@
-"""What the tests share: strategies, random arrays, a tiny model, and a walk over the tape."""
+"""What the tests share: strategies, random arrays, a tiny model, the tape, programs."""
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from tinygrad_lite import Tensor
 from transformer import Config, Transformer
 
+ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-6  # of gradcheck: central differences in float64 are good to about 1e-9
-
+TINY = ["--d-model", "8", "--n-layers", "1", "--n-heads", "2", "--d-hidden", "8",
+        "--batch-size", "4", "--processes", "1"]  # an sft run that takes a second
+LAYOUTS = [np.asfortranarray, lambda x: x[..., ::-1].copy()[..., ::-1],
+           lambda x: np.repeat(x, 2, axis=-1)[..., ::2]]  # the same numbers, elsewhere in memory
 seeds = st.integers(0, 2 ** 32 - 1)
-shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=3)
 
 
 def normal(seed, *shape, dtype=np.float64):
@@ -22,23 +28,29 @@ def positive(seed, *shape):
     return np.asarray(np.random.default_rng(seed).uniform(0.5, 2, shape))
 
 
-def leaf(data):
-    return Tensor(data, requires_grad=True)
+def leaf(data): return Tensor(data, requires_grad=True)
 
 
 def log_softmax(logits):
-    """The plain formula, good for logits near 0."""
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    """Over axis 0."""
+    return logits - np.logaddexp.reduce(logits, axis=0)
 
 
 def tape(root):
     """Every Tensor that `root` was computed from, and `root` itself."""
-    seen, stack = {root}, [root]
-    while stack:
-        new = set(stack.pop().parents) - seen
-        seen |= new
-        stack += new
-    return seen
+    nodes = [root]
+    for node in nodes:  # which grows
+        nodes += set(node.parents) - set(nodes)
+    return set(nodes)
+
+
+def read_only_gradients(root):
+    """`root`, each op of which will be handed gradients that it cannot write into."""
+    for node in tape(root):
+        def backward(grad, inner=node.backward_fn):
+            return inner(np.broadcast_to(grad, np.shape(grad)))  # a read-only view
+        node.backward_fn = node.backward_fn and backward
+    return root
 
 
 def tiny_model(seed=0, dtype=np.float32, vocab_size=7, n_layers=2):
@@ -55,3 +67,9 @@ def flip(content, bit):
     content = bytearray(content)
     content[bit // 8] ^= 1 << bit % 8
     return bytes(content)
+
+
+def run(program, *flags, timeout=60, **options):
+    """A program of the project in a process of its own: returncode, stdout and stderr as text."""
+    return subprocess.run([sys.executable, ROOT / f"{program}.py", *map(str, flags)],
+                          capture_output=True, text=True, timeout=timeout, **options)

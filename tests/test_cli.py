@@ -1,280 +1,222 @@
-"""Command lines: a mistake costs one line and nothing on disk; a checkpoint is always whole."""
+"""The programs, called in this process: what they write and print; a mistake costs one line."""
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
+import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 
 import cli
 import data
+import dpo
+import eval as evaluation
+import plots
+import sft
+from helpers import TINY
+from tinygrad_lite import World
 from transformer import Config, Transformer
 
-ROOT = Path(cli.__file__).parent
-TINY = ["--d-model", "8", "--n-layers", "1", "--n-heads", "2", "--d-hidden", "8",
-        "--batch-size", "4", "--threads", "1"]
+MAINS = {"sft": sft.main, "dpo": dpo.main, "eval": evaluation.main}
+RULE = ["--pairs", "rule", "--prompts", "4", "--rounds", "3", "--processes", "1"]
+RUNS = {"sft": [*TINY, "--steps", "3"], "dpo": ["--sft", "sft.npz", *RULE], "eval": ["sft.npz"]}
 
 
-def run(program, *flags, timeout=60, **options):
-    return subprocess.run([sys.executable, ROOT / f"{program}.py", *map(str, flags)],
-                          capture_output=True, text=True, timeout=timeout, **options)
-
-
-def start(program, *flags, **options):
-    return subprocess.Popen([sys.executable, ROOT / f"{program}.py", *map(str, flags)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def one_line(capsys, program, *flags):
-    """The one line on stderr of a call that ends with exit code 2."""
-    try:
-        code = cli.main(program, [str(flag) for flag in flags])
-    except SystemExit as stop:  # argparse stops this way
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2
-    assert error.count("\n") == 1 and "Traceback" not in error
-    return error
-
-
-@pytest.fixture(scope="module")
-def tiny_sft(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sft") / "sft.npz"
-    Transformer(Config(len(data.VOCAB), 8, 1, 2, 8, data.MAX_LEN)).save(path)
+def save_model(path, vocab_size=len(data.VOCAB), seed=0):
+    Transformer(Config(vocab_size, 8, 1, 2, 8, data.MAX_LEN), seed).save(path)
     return path
 
 
-@pytest.mark.parametrize("flags, hint", [
-    (["--nonsense"], "--nonsense"), (["--steps", "0"], "at least 1"),
-    (["--steps", "-3"], "at least 1"),
-    (["--steps", "1.5"], "at least 1"), (["--threads", "65"], "from 1 to 64"),
-    (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
-    (["--lr", "inf"], "above 0"), (["--seed", "-1"], "at least 0"), (["--out", "x.txt"], ".npz"),
-    (["--d-model", "50", "--n-heads", "4"], "50 is not divisible by 2 n_heads = 8"),
-    (["--d-model", "12", "--n-heads", "4"], "12 is not divisible by 2 n_heads = 8")])
-def test_sft_refuses_bad_flags(capsys, tmp_path, monkeypatch, flags, hint):
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Programs that take no second and draw nothing, in a folder with a checkpoint and a result."""
     monkeypatch.chdir(tmp_path)
-    assert hint in one_line(capsys, "sft", *flags)
+    monkeypatch.setattr(sft, "POOL", 300)
+    monkeypatch.setattr(sft, "excess_nats", lambda *_: 0.0)
+    monkeypatch.setattr(data, "HELD_OUT", [52, 96])
+    monkeypatch.setattr(plots.Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (0, 3, 1, 1.0))
+    save_model("sft.npz")
+    Path("out.npz").write_text("an earlier result")
 
 
-@pytest.mark.parametrize("flags, hint", [
-    (["--beta", "0"], "above 0"), (["--beta", "-1"], "above 0"), (["--beta", "nan"], "above 0"),
-    (["--beta", "inf"], "above 0"), (["--prefer", "7"], "--prefer"),
-    (["--pairs", "best"], "--pairs"),
-    ([], "no SFT checkpoint at runs/sft.npz; run python sft.py first")])
-def test_dpo_refuses_bad_flags_and_a_missing_checkpoint(capsys, tmp_path, monkeypatch, flags, hint):
-    monkeypatch.chdir(tmp_path)
-    assert hint in one_line(capsys, "dpo", *flags)
+def nothing_written():
+    return (Path("out.npz").read_text() == "an earlier result"
+            and set(os.listdir()) <= {"sft.npz", "out.npz", "odd.npz", "odd.json", "locked"})
 
 
-@pytest.mark.parametrize("flags, hint", [
-    (["missing.npz"], "missing.npz"), (["--prompt", "4"], "from 5 to 100"),
-    (["--prompt", "101"], "from 5 to 100"), (["--prompt", "ten"], "from 5 to 100"),
-    (["--samples", "0"], "at least 1"), (["--temperature", "0"], "above 0"),
-    (["--tokens", "100"], "100=10+70+20"), (["--tokens", "3=1+2"], "100=10+70+20"),
-    (["a.npz", "--tokens", "100=10+70+20"], "two checkpoints")])
-def test_eval_refuses_bad_flags(capsys, tmp_path, monkeypatch, flags, hint):
-    monkeypatch.chdir(tmp_path)
-    assert hint in one_line(capsys, "eval", *flags)
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "other vocabulary"])
-def test_a_damaged_checkpoint_is_one_line_and_the_old_result_stays(capsys, tmp_path, tiny_sft,
-                                                                   damage):
-    bad, out = tmp_path / "bad.npz", tmp_path / "dpo.npz"
-    out.write_bytes(b"an earlier result")
-    if damage == "other vocabulary":
-        Transformer(Config(30, 8, 1, 2, 8)).save(bad)
-    else:
-        half = tiny_sft.read_bytes()[:tiny_sft.stat().st_size // 2]
-        bad.write_bytes({"empty": b"", "text": b"hello", "truncated": half}[damage])
-    assert "bad.npz" in one_line(capsys, "dpo", "--sft", bad, "--out", out)
-    assert "bad.npz" in one_line(capsys, "eval", bad)
-    assert out.read_bytes() == b"an earlier result"
-
-
-def test_dpo_does_not_overwrite_its_own_reference(capsys, tiny_sft):
-    content = tiny_sft.read_bytes()
-    assert "--out" in one_line(capsys, "dpo", "--sft", tiny_sft, "--out", tiny_sft)
-    assert tiny_sft.read_bytes() == content
-
-
-def test_an_unwritable_place_is_refused_before_training(capsys, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    assert "file" in one_line(capsys, "sft", *TINY, "--out", tmp_path / "file" / "sft.npz")
-
-
-def test_a_run_that_diverges_says_where_and_leaves_the_old_result(capsys, tmp_path):
-    out = tmp_path / "sft.npz"
-    out.write_bytes(b"an earlier result")
-    with np.errstate(all="ignore"):
-        error = one_line(capsys, "sft", *TINY, "--steps", "200", "--lr", "1e30", "--out", out)
-    assert "at step" in error and "--lr" in error
-    assert out.read_bytes() == b"an earlier result"
-
-
-def test_sft_dpo_eval_end_to_end(capsys, tmp_path):
-    """What the programs write is there, says the same as what they print, and is reproducible."""
-    sft, dpo = tmp_path / "sft.npz", tmp_path / "dpo.npz"
-    assert cli.main("sft", [*TINY, "--steps", "30", "--out", str(sft)]) == 0
-    printed = capsys.readouterr().out
-    assert "step 30/30" in printed and "held-out" in printed and "next: python dpo.py" in printed
-    facts = json.loads(sft.with_suffix(".json").read_text())
-    assert len(facts["history"]["loss"]) == 30 and facts["settings"]["seed"] == 0
-    rule = ["--pairs", "rule", "--prompts", "8", "--rounds", "3", "--threads", "1"]
-    assert cli.main("dpo", ["--sft", str(sft), "--out", str(dpo), *rule]) == 0
-    facts = json.loads(dpo.with_suffix(".json").read_text())
-    assert set(facts["history"][0]) == {"round", "pairs", "masses"}  # before the first step
-    assert {"loss", "rewards/margins", "logps/chosen", "masses"} <= set(facts["history"][1])
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "sft.npz", "sft.json", "sft-loss.png", "sft-dist.png",
-        "dpo.npz", "dpo.json", "dpo-dist.png", "dpo-training.png"}
-    capsys.readouterr()
-    assert cli.main("eval", [str(sft), str(dpo), "--json", "--samples", "2"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [(row["mode"], row["targets"]) for row in rows[:4]] == [
-        ("greedy", "held-out"), ("greedy", "all"), ("sampled", "held-out"), ("sampled", "all")]
-    assert all(set(row) == {"checkpoint", "mode", "targets", "n", "mean_abs_error", "exact",
-                            "format", "preferred", "counts"} for row in rows)
-    assert rows[0]["n"] == 20 and rows[1]["n"] == 96 and rows[2]["n"] == 40
-    assert cli.main("eval", [str(dpo), "--prompt", "77", "--samples", "3"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
-    assert cli.main("eval", [str(sft), str(dpo), "--tokens", "100=10+70+20"]) == 0
-    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main("eval", [str(sft), str(sft), "--tokens", "100=10+70+20", "100=9+91"]) == 0
-    assert capsys.readouterr().out.count("reward +0.00\n") == 2  # of a model against itself
-
-
-@pytest.mark.parametrize("program", ["sft", "dpo", "eval"])
-def test_help_is_quick_and_explains_every_flag(program):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run(program, "--help").returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    loaded = run(program, "--help", env={**os.environ, "PYTHONVERBOSE": "1"}).stderr
-    assert "import 'numpy'" not in loaded and "import 'matplotlib'" not in loaded
-    for action in cli.PARSERS[program]()._actions:
-        assert action.help
-    explained = cli.PARSERS[program]().format_help()
-    assert "None" not in explained and "PosixPath" not in explained
-
-
-def test_ctrl_c_keeps_the_earlier_checkpoint(tmp_path):
-    out = tmp_path / "sft.npz"
-    out.write_bytes(b"an earlier result")
-    process = start("sft", *TINY, "--steps", "1000000", "--out", out)
-    assert "parameters" in process.stdout.readline()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert error == f"stopped; {out} is as it was\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.npz"]
-    assert out.read_bytes() == b"an earlier result"
-
-
-def test_a_reader_that_has_read_enough_stops_the_run_quietly(tmp_path):
-    process = start("sft", *TINY, "--steps", "1000000", "--out", tmp_path / "sft.npz")
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=30) == 1
-    assert process.stderr.read() == ""
-
-
-def test_a_full_disk_while_saving_keeps_the_earlier_checkpoint(tmp_path):
-    out = tmp_path / "sft.npz"
-    out.write_bytes(b"an earlier result")
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as for a full disk: an error, not a signal
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    result = run("sft", *TINY, "--steps", "3", "--out", out, preexec_fn=limit)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    assert out.read_bytes() == b"an earlier result"
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.npz"]
-
-
-SAVE_FOR_EVER = """
-import sys; sys.path.insert(0, sys.argv[1])
-from transformer import Config, Transformer
-models = [Transformer(Config(14, 8, 1, 2, 8), seed) for seed in (1, 2)]
-while True:
-    for model in models:
-        model.save(sys.argv[2])
-        print(flush=True)
-"""
-
-
-def test_killed_while_saving_the_checkpoint_is_the_old_or_the_new_one_whole(tmp_path):
-    path = tmp_path / "model.npz"
-    expected = {Transformer(Config(14, 8, 1, 2, 8), seed).named_parameters()["head"].data.tobytes()
-                for seed in (1, 2)}
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        saver = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, ROOT, path],
-                                 stdout=subprocess.PIPE)
-        saver.stdout.readline()
-        time.sleep(rng.uniform(0, 0.02))
-        saver.kill()
-        saver.communicate()
-        assert Transformer.load(path).named_parameters()["head"].data.tobytes() in expected
-
-
-@pytest.mark.slow
-def test_killed_a_hundred_times_while_saving(tmp_path):
-    for i in range(13):
-        (tmp_path / str(i)).mkdir()
-        test_killed_while_saving_the_checkpoint_is_the_old_or_the_new_one_whole(tmp_path / str(i))
-
-
-def test_two_runs_that_write_to_one_path_leave_one_whole_checkpoint(tmp_path):
-    path = tmp_path / "model.npz"
-    savers = [subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, ROOT, path],
-                               stdout=subprocess.PIPE) for _ in range(2)]
-    for saver in savers:
-        saver.stdout.readline()
-    for _ in range(20):
-        Transformer.load(path)
-    for saver in savers:
-        saver.kill()
-        saver.communicate()
-
-
-words = st.sampled_from(["--steps", "--lr", "--beta", "--seed", "--prefer", "--samples", "--prompt",
-                         "--temperature", "--rounds", "--json", "--pairs", "--tokens", "--out",
-                         "rule", "0", "-1", "3", "1e-3", "nan", "100=1+99", "runs/none.npz"])
-
-
-@settings(max_examples=60)
-@given(st.sampled_from(["sft", "dpo", "eval"]), st.lists(words | st.text(max_size=5), max_size=4))
-def test_any_command_line_ends_with_0_or_with_one_line_and_2(program, flags):
-    """Only the parsing of it: what is valid would train for minutes."""
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-    read, write = os.pipe()
-    saved = sys.stderr, sys.stdout, cli.importlib.import_module
-    sys.stderr, sys.stdout = open(write, "w"), open(os.devnull, "w")
-    cli.importlib.import_module = stop
+def message_of(program, *flags):
+    """What cli.run would print, "flags" where argparse has printed it, None if all went well."""
     try:
-        code = cli.main(program, flags)
-    except SystemExit as ended:
-        code = ended.code
-    except Stop:
-        code = 0
+        with np.errstate(all="ignore"):
+            MAINS[program]([str(flag) for flag in flags])
+    except (cli.UserError, OSError) as error:
+        return str(error)
+    except SystemExit as stop:
+        return "flags" if stop.code == 2 else None
+
+
+@pytest.mark.parametrize("program, flags, hint", [
+    ("sft", "--nonsense", "--nonsense"), ("sft", "--step 3", "--step"),
+    ("sft", "--steps 1.5", "from 1"), ("sft", "--lr nan", "above 0"), ("sft", "--out x", ".npz"),
+    ("sft", "--processes 65", "from 1 to 64"), ("sft", "--out out.npz --d-model 9", "divisible"),
+    ("sft", "--seed 9223372036854775808", "from 0 to 9223372036854775807"),
+    ("dpo", "--beta 1e39", "below 1e30"), ("dpo", "--prefer 7", "--prefer"),
+    ("dpo", "--pairs best", "--pairs"), ("dpo", "--answers 1", "from 2"),
+    ("dpo", "--sft sft.npz --out ./sft.npz", "overwrite"),
+    ("dpo", "--out x.npz", r"runs/sft.npz; write it with python sft.py \(.*minute.*\)"),
+    ("eval", "missing.npz", "missing.npz"), ("eval", "--prompt 4", "from 5 to 100"),
+    ("eval", "--samples 0", "from 1"), ("eval", "--temperature 0", "above 0"),
+    ("eval", "--tokens 3=1+2", "100=10"), ("eval", "sft.npz --tokens 9=4+5", "two checkpoints"),
+    ("eval", "--tokens 9=4+5 8=4+4 7=3+4", "one or two lines")])
+def test_a_bad_flag_is_one_line(capsys, program, flags, hint):
+    message = message_of(program, *flags.split())
+    printed = capsys.readouterr().err
+    assert re.search(hint, printed or message), (printed, message)
+    assert printed.count("\n") == (message == "flags") and "\n" not in message
+    assert nothing_written()
+
+
+def test_the_programs_write_what_they_say(capsys):
+    """Into a folder that is not there yet, under a name that TeX would read as mathematics."""
+    for folder in "a", "b":
+        model, policy = (f"{folder}/{name}_$5_vs_$10.npz" for name in ("cost", "dpo"))
+        assert message_of("sft", *TINY, "--steps", 6, "--processes", 2, "--out", model) is None
+        assert message_of("dpo", "--sft", model, "--out", policy, *RULE, "--seed", 3) is None
+    printed = capsys.readouterr().out
+    assert "step 6/6" in printed and f"next: python dpo.py --beta 0.8 --sft {model}" in printed
+    assert "round 3/3" in printed and "DPO greedy   96=" in printed
+    files = {path.name.replace("_$5_vs_$10", ""): path for path in Path("a").iterdir()}
+    assert set(files) == {"cost.npz", "cost.json", "cost-loss.png", "dpo.npz", "dpo.json",
+                          "dpo-dist.png", "dpo-training.png"}
+    for path in files["cost.npz"], files["dpo.npz"]:  # the same seed, the same bytes
+        assert path.read_bytes() == (Path("b") / path.name).read_bytes()
+    facts, log = (json.loads(files[name].read_text()) for name in ("cost.json", "dpo.json"))
+    assert len(facts["history"]["loss"]) == 6 and len(facts["metrics"]) * 2 == len(log["metrics"])
+    assert set(facts["excess_nats"]) == {"trained", "held-out"} and log["settings"]["seed"] == 3
+    assert [row["pairs"] for row in log["history"]] == [0, 4, 4, 4]
+    assert {"loss", "rewards/margins", "logps/chosen", "shares"} <= set(log["history"][1])
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022])
+def test_a_symbolic_link_is_followed_and_the_umask_respected(mask):
+    os.mkdir("folder")
+    os.symlink("folder/model.npz", "link.npz")
+    before = os.umask(mask)
+    try:
+        assert message_of("sft", *RUNS["sft"], "--out", "link.npz") is None
     finally:
-        sys.stderr.close()
-        sys.stdout.close()
-        sys.stderr, sys.stdout, cli.importlib.import_module = saved
-    with open(read, errors="replace") as pipe:
-        error = pipe.read()
-    assert code in (0, None) or (code == 2 and error.count("\n") == 1 and "Traceback" not in error)
+        os.umask(before)
+    for name in "folder/model.npz", "link.json":
+        assert os.stat(name).st_mode & 0o777 == 0o666 & ~mask
+    assert os.path.islink("link.npz") and Transformer.load("link.npz")
+
+
+def test_eval_prints_a_table_answers_credit_and_json(capsys):
+    def printed(*flags):
+        assert message_of("eval", *flags) is None
+        return capsys.readouterr().out
+    rows = json.loads(printed("sft.npz", "--json", "--samples", 2))
+    assert [row["n"] for row in rows] == [2, 96, 4, 192]
+    assert printed("sft.npz", "--samples", 2) == evaluation.table(rows) + "\n"
+    other = json.loads(printed("sft.npz", "--json", "--samples", 9, "--prefer", 2, "--seed", 1))[3]
+    assert other["preferred"] == other["counts"]["2"] / (9 * 96) > 0
+    assert printed("sft.npz", "--prompt", 77).count("\n") == 1 + 5
+    rows = json.loads(printed("sft.npz", "--prompt", 77, "--samples", 3, "--json", "--temperature",
+                              0.5, "--seed", 1, "--prefer", 2))
+    models = [Transformer.load(save_model("other.npz", seed=1)), Transformer.load("sft.npz")]
+    assert rows == [{"checkpoint": "sft.npz", **row} for row in
+                    evaluation.answers_to(models[1], 77, 3, 0.5, 1, 2)]
+    lines = "100=10+70+20", "100=9+91"
+    rows = [evaluation.credit(*models, data.encode(line) + [data.END], 0.5) for line in lines]
+    text = printed("sft.npz", "other.npz", "--json", "--beta", 0.5, "--tokens", *lines)
+    assert json.loads(text) == json.loads(json.dumps(rows)) and Path("tokens.png").exists()
+    text = printed("sft.npz", "sft.npz", "--tokens", *lines)  # a model against itself
+    assert text.count("reward +0.00\n") == 2 and text.splitlines()[2].startswith("100=9+91")
+
+
+@pytest.mark.parametrize("seconds, shown", [(10, [4, 0, 0, 4]), (1e-3, [4, 4])])
+def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch, seconds, shown):
+    """One without pairs, too. If rounds are quick, only the first and the last are shown."""
+    clock, make, sizes = iter(np.arange(1e4) * seconds), dpo.rule_rounds, iter([4, 0, 0, 4])
+    monkeypatch.setattr(dpo, "rule_rounds", lambda *rest: (
+        pairs[:next(sizes)] for pairs in make(*rest)))
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+    dpo.train_policy(World(), dpo.parse_arguments([*RUNS["dpo"], "--rounds", "4"]))
+    monkeypatch.undo()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "chosen" not in line]
+    assert [int(re.fullmatch(r"round [1-4]/4  ([04]) pairs(  loss [0-9.]+  margin -?[0-9.]+  "
+                             r"accuracy [0-9.]+)?  [0-9]+:[0-5][0-9] left", line)[1])
+            for line in lines] == shown
+
+
+@pytest.mark.parametrize("damage", ["truncated", "first edition", "another task", "unreadable"])
+def test_a_checkpoint_that_cannot_be_used_is_one_line_with_its_name(damage):
+    save_model("odd.npz", 30 if damage == "another task" else len(data.VOCAB))
+    if damage == "truncated":
+        os.truncate("odd.npz", 2000)
+    elif damage == "first edition":
+        with np.load("sft.npz") as archive:
+            np.savez("odd.npz", **{name: array.T for name, array in archive.items()})
+    elif damage == "unreadable":
+        os.chmod("odd.npz", 0)
+        if os.access("odd.npz", os.R_OK):
+            pytest.skip("root may read anything")
+    for flags in ["dpo", "--sft", "odd.npz", "--out", "out.npz"], ["eval", "odd.npz"]:
+        message = message_of(*flags)
+        assert "odd.npz" in message and "\n" not in message and nothing_written()
+        assert ("damaged" in message) == (damage in ("truncated", "first edition"))
+        assert ("first edition" in message) == (damage == "first edition")
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo"])
+@pytest.mark.parametrize("out, prepare", [
+    (300 * "x" + ".npz", ""), (250 * "x" + ".npz", ""), ("sft.npz/x.npz", ""),
+    ("odd.npz", "os.symlink(os.devnull, 'odd.npz')"), ("odd.npz", "os.mkfifo('odd.npz')"),
+    ("odd.npz", "os.mkdir('odd.json')"), ("locked/x.npz", "os.mkdir('locked', 0o500)")],
+    ids=["long", "long beside it", "below a file", "device", "pipe", "folder", "read-only"])
+def test_where_saving_would_fail_nothing_is_trained(monkeypatch, program, out, prepare):
+    monkeypatch.setattr(cli, "Progress", None)  # training would fail
+    exec(prepare)
+    if out == "locked/x.npz" and os.access("locked", os.W_OK):
+        pytest.skip("root may write anywhere")
+    message = message_of(program, *RUNS[program], "--out", out)
+    assert "choose another name" in message and "\n" not in message and nothing_written()
+
+
+@pytest.mark.parametrize("step, says", [(0, "loss is nan (at step|in round) 2"),
+                                        (2, "out.npz.* infinite")])
+@pytest.mark.parametrize("module", [sft, dpo])
+def test_a_loss_or_weights_that_are_not_finite_end_the_run(monkeypatch, module, step, says):
+    """The last of three steps can spoil the weights: the loss that is looked at comes before it."""
+    monkeypatch.setattr(module, "cosine_schedule", lambda i, *_, **__: np.inf if i == step else 0.0)
+    message = message_of(module.__name__, *RUNS[module.__name__], "--out", "out.npz")
+    assert re.search(f"{says}.*lower --lr", message) and nothing_written()
+
+
+@pytest.mark.parametrize("rounds", [3, 50])
+def test_a_run_without_a_pair_says_so_and_writes_nothing(rounds):
+    """A new model has hardly ever a right answer."""
+    message = message_of("dpo", "--sft", "sft.npz", *RULE[2:], "--answers", 2, "--rounds", rounds,
+                         "--out", "out.npz")
+    assert re.search("no pair.*--answers", message) and nothing_written()
+
+
+VALUES = ["0", "1", "2", "3", "5", "8", "-1", "x", "nan", "0.5", "9e29", "1e-30", "9=4+5", "rule",
+          "once", "online", "none.npz", "out.npz", "new/\u00e9 $x$.npz", ".npz", "x/", "--json"]
+
+
+@pytest.mark.parametrize("n", [5, pytest.param(67, marks=pytest.mark.slow)])
+def test_any_command_line_runs_through_or_ends_with_one_line(capsys, n):
+    rng, ends = random.Random(n), []
+    for program in n * list(MAINS):
+        assert message_of(program, "--help") is None
+        flags = set(re.findall("--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+        flags = rng.sample(sorted(flags), rng.randrange(3))
+        flags = RUNS[program] + [text for flag in flags for text in (flag, rng.choice(VALUES))]
+        message = message_of(program, *flags)
+        printed = capsys.readouterr().err
+        assert "\n" not in (message or "") and printed.count("\n") == (message == "flags"), flags
+        ends.append(message)
+    assert {None, "flags"} <= {*ends} and not list(Path().rglob("*.part"))

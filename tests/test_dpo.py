@@ -1,4 +1,4 @@
-"""The DPO objective and its pairs: each test a line of mathematics (Rafailov et al. 2023)."""
+"""The DPO objective, each test a line of mathematics (Rafailov et al. 2023); pairs; training."""
 import itertools
 import math
 
@@ -6,348 +6,256 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-import cli
 import data
 import dpo
 import tinygrad_lite.functional as F
+from helpers import TOLERANCE, leaf, normal, seeds
 from sft import completion_logps
-from tinygrad_lite import Tensor, gradcheck
-from transformer import Config, Transformer
+from test_data import answer, read
+from test_sft import model_of_the_task, weights
+from tinygrad_lite import Tensor, World, gradcheck, launch
 
-logp = st.floats(-50, 0, width=32)
-pairs = st.lists(st.tuples(*[logp] * 4), min_size=1, max_size=6)
+# Four float64 arrays (pairs,): policy chosen and rejected, reference chosen and rejected.
+four_logps = st.lists(st.tuples(*[st.floats(-50, 0, width=32)] * 4), min_size=1, max_size=6).map(
+    lambda rows: list(np.array(rows).T))
 betas = st.floats(0.05, 3)
 
 
-def columns(rows):
-    """Four float64 arrays (pairs,): policy chosen and rejected, reference chosen and rejected."""
-    return list(np.array(rows, dtype=np.float64).T)
+def margin(chosen, rejected, reference_chosen, reference_rejected):
+    """h of the paper: how much further the policy prefers the chosen answer than the reference."""
+    return (chosen - reference_chosen) - (rejected - reference_rejected)
 
 
 def loss_and_slopes(arrays, beta):
-    chosen, rejected = (Tensor(a.copy(), requires_grad=True) for a in arrays[:2])
+    """The loss and its gradients for the policy's log-probabilities."""
+    chosen, rejected = map(leaf, arrays[:2])
     loss = dpo.dpo_loss(chosen, rejected, *arrays[2:], beta)
     loss.backward()
     return loss.item(), chosen.grad, rejected.grad
 
 
-def margin(arrays):
-    return (arrays[0] - arrays[1]) - (arrays[2] - arrays[3])
-
-
-@given(pairs, betas)
-def test_policy_equal_to_reference_gives_ln_2_and_slopes_of_half_beta(rows, beta):
-    chosen, rejected, *_ = columns(rows)
-    loss, d_chosen, d_rejected = loss_and_slopes([chosen, rejected, chosen, rejected], beta)
-    assert loss == pytest.approx(math.log(2))
-    np.testing.assert_allclose(d_chosen, -beta / 2 / len(rows))
-    np.testing.assert_allclose(d_rejected, beta / 2 / len(rows))
-
-
-@given(pairs, betas)
-def test_loss_and_slopes_are_those_of_the_paper(rows, beta):
-    arrays = columns(rows)
-    h = margin(arrays)
+@given(four_logps, betas)
+def test_loss_and_slopes_are_those_of_the_paper(arrays, beta):
+    """log(1 + e^(-beta h)) on average; slopes that are opposite, and sum to zero in each pair."""
+    h = margin(*arrays)
     loss, d_chosen, d_rejected = loss_and_slopes(arrays, beta)
-    assert loss == pytest.approx(np.mean(np.logaddexp(0, -beta * h)))  # log(1 + e^(-beta h))
-    slope = -beta * np.exp(-np.logaddexp(0, beta * h)) / len(rows)
+    assert loss == pytest.approx(np.mean(np.logaddexp(0, -beta * h)))
+    slope = -beta * np.exp(-np.logaddexp(0, beta * h)) / h.size
     np.testing.assert_allclose(d_chosen, slope, atol=1e-15)
-    np.testing.assert_array_equal(d_chosen, -d_rejected)
+    np.testing.assert_array_equal(d_chosen + d_rejected, 0)
+    loss, d_chosen, _ = loss_and_slopes(arrays[:2] * 2, beta)  # policy equal to reference
+    assert loss == pytest.approx(math.log(2))
+    np.testing.assert_allclose(d_chosen, -beta / 2 / h.size)
+    assert gradcheck(lambda *policy: dpo.dpo_loss(*policy, *arrays[2:], beta),
+                     *arrays[:2]) < TOLERANCE
 
 
-@given(st.tuples(*[logp] * 4), betas)
-def test_swapping_chosen_and_rejected_changes_the_loss_by_beta_h(row, beta):
-    c, r, ref_c, ref_r = columns([row])
-    forward, backward = (dpo.dpo_loss(Tensor(a), Tensor(b), x, y, beta).item()
-                         for a, b, x, y in [(c, r, ref_c, ref_r), (r, c, ref_r, ref_c)])
-    assert forward - backward == pytest.approx(-beta * margin([c, r, ref_c, ref_r])[0], abs=1e-9)
-
-
-@given(pairs, betas, st.floats(-20, 20), st.floats(-20, 20))
-def test_constants_added_to_both_policy_or_both_reference_terms_change_nothing(rows, beta, a, b):
-    c, r, ref_c, ref_r = columns(rows)
-    plain = loss_and_slopes([c, r, ref_c, ref_r], beta)
-    moved = loss_and_slopes([c + a, r + a, ref_c + b, ref_r + b], beta)
-    for before, after in zip(plain, moved):
-        np.testing.assert_allclose(before, after, rtol=1e-9, atol=1e-12)
-
-
-@given(pairs, betas)
-def test_beta_only_scales_the_margin(rows, beta):
-    arrays = columns(rows)
-    scaled = [beta * a for a in arrays]
-    assert loss_and_slopes(arrays, beta)[0] == pytest.approx(loss_and_slopes(scaled, 1.0)[0])
-
-
-@given(pairs, betas)
-def test_equal_chosen_and_rejected_cancel(rows, beta):
-    logps, _, reference, _ = columns(rows)
-    shared = Tensor(logps, requires_grad=True)
-    dpo.dpo_loss(shared, shared, reference, reference, beta).backward()
-    np.testing.assert_array_equal(shared.grad, 0)
+@given(four_logps, betas, seeds, st.floats(0.01, 10))
+def test_symmetries_of_the_loss(arrays, beta, seed, gain):
+    c, r, ref_c, ref_r = arrays
+    loss, *slopes = loss_and_slopes(arrays, beta)
+    swapped = loss_and_slopes([r, c, ref_r, ref_c], beta)[0]  # L(h) - L(-h) = -beta h, on average
+    assert loss - swapped == pytest.approx(-beta * margin(*arrays).mean(), abs=1e-9)
+    # A constant of each pair, added to both terms of the policy or of the reference, cancels.
+    a, b = 20 * normal(seed, 2, c.size)
+    moved, *moved_slopes = loss_and_slopes([c + a, r + a, ref_c + b, ref_r + b], beta)
+    assert moved == pytest.approx(loss, rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(moved_slopes, slopes, rtol=1e-9, atol=1e-12)
+    # The loss falls as chosen gains on rejected; beta only scales the margin.
+    assert loss_and_slopes([c + gain, r, ref_c, ref_r], beta)[0] < loss
+    assert loss_and_slopes([c, r - gain, ref_c, ref_r], beta)[0] < loss
+    assert loss == pytest.approx(loss_and_slopes([beta * x for x in arrays], 1.0)[0])
 
 
 @pytest.mark.parametrize("h", [1e4, -1e4, 3e38, -3e38])
 def test_extreme_margins_stay_finite_in_float32(h):
-    chosen, zero = Tensor(np.array([h], np.float32), requires_grad=True), np.zeros(1, np.float32)
+    chosen, zero = leaf(np.array([h], np.float32)), np.zeros(1, np.float32)
     loss = dpo.dpo_loss(chosen, Tensor(zero), zero, zero, 1.0)
     loss.backward()
-    assert loss.dtype == np.float32
-    assert loss.item() == pytest.approx(max(-h, 0))
-    np.testing.assert_allclose(chosen.grad, -1.0 if h < 0 else 0.0)
+    assert loss.dtype == np.float32 and loss.item() == pytest.approx(max(-h, 0))
+    assert chosen.grad == (-1 if h < 0 else 0)
 
 
-@given(st.integers(1, 4), betas, st.integers(0, 2 ** 32 - 1))
-def test_finite_differences_of_the_loss(n, beta, seed):
-    rng = np.random.default_rng(seed)
-    reference = rng.normal(size=(2, n))
-    policy = rng.normal(size=(2, n))
-    assert gradcheck(lambda c, r: dpo.dpo_loss(c, r, *reference, beta), *policy) < 1e-7
+@pytest.mark.parametrize("at", range(4))
+def test_log_probabilities_of_unlike_shapes_are_refused(at):
+    """Broadcasting would make a loss of them without a word."""
+    arrays = [Tensor(np.zeros([(3, 1), 1][at % 2] if i == at else 3)) for i in range(4)]
+    with pytest.raises(ValueError, match="one shape"):
+        dpo.dpo_loss(*arrays, 0.8)
 
 
-# Through the model.
-
-def double_model(seed=0):
-    model = Transformer(Config(len(data.VOCAB), 8, 2, 2, 12), seed)
-    for p in model.parameters():
-        p.data = p.data.astype(np.float64)
-    return model
+MODEL, REFERENCE = model_of_the_task(0, np.float64), model_of_the_task(1, np.float64)
+PAIRS = data.pad([answer(12, [3, 4, 5]), answer(12, [6, 6]),
+                  answer(100, [10, 70, 20]), answer(100, [97, 1, 1, 1])]).reshape(2, 2, -1)
+PADDED = np.pad(PAIRS, ((0, 0), (0, 0), (0, 4)), constant_values=data.PAD)
+PREFIXED = data.pad([answer(52, [10, 20, 22]), answer(52, [10, 20, 1, 21])])[None]
 
 
-def model_loss(model, reference, chosen, rejected, beta=0.8):
-    return dpo.dpo_loss(*dpo.pair_logps(model, chosen, rejected),
-                        *[t.detach() for t in dpo.pair_logps(reference, chosen, rejected)], beta)
-
-
-def grads_of(model, loss):
-    for p in model.parameters():
+def loss_and_gradients(pairs, logps=dpo.pair_logps):
+    for p in MODEL.parameters():
         p.grad = None
+    loss = dpo.dpo_loss(*logps(MODEL, pairs), *[x.data for x in logps(REFERENCE, pairs)], 0.8)
     loss.backward()
-    return [p.grad for p in model.parameters()]
+    return loss.item(), np.concatenate([p.grad.ravel() for p in MODEL.parameters()])
 
 
-def lines(*texts):
-    return data.pad([data.encode(text) + [data.END] for text in texts])
+def after_the_prefix(model, pairs):
+    ids, mask = pairs[0], data.completion_mask(pairs[0])
+    mask[:, :len("52=10+20+")] = False
+    logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel()).reshape(2, -1)
+    logps = (logps * mask[:, 1:]).sum(axis=1)
+    return logps[:1], logps[1:]
 
 
-BOTH = lines("12=3+4+5", "100=10+70+20", "12=6+6", "100=99+2+1+1")
-CHOSEN, REJECTED = BOTH[:2], BOTH[2:]
-
-
-def test_finite_differences_through_the_whole_model():
-    model, reference = double_model(0), double_model(1)
-    grads = grads_of(model, model_loss(model, reference, CHOSEN, REJECTED))
-    rng = np.random.default_rng(0)
-    for p, grad in zip(model.parameters(), grads):
-        for flat in rng.choice(p.size, min(4, p.size), replace=False):
-            index, before = np.unravel_index(flat, p.shape), p.data.flat[flat]
-            values = []
-            for step in (1e-6, -1e-6):
-                p.data[index] = before + step
-                values.append(model_loss(model, reference, CHOSEN, REJECTED).item())
-            p.data[index] = before
-            assert (values[0] - values[1]) / 2e-6 == pytest.approx(grad[index], abs=1e-8, rel=1e-5)
-
-
-def test_prompt_and_padding_positions_get_exactly_no_gradient():
-    ids = np.pad(BOTH, ((0, 0), (0, 4)), constant_values=data.PAD)
-    shape = 4, ids.shape[1] - 1, len(data.VOCAB)
-    logits = Tensor(np.random.default_rng(0).normal(size=shape), requires_grad=True)
-    logps = completion_logps(lambda _: logits, ids)
-    dpo.dpo_loss(logps[:2], logps[2:], np.zeros(2), np.zeros(2), 0.8).backward()
-    for line, grad in zip(ids, logits.grad):
-        text = data.decode(line)
-        first, last = text.index("="), len(text)  # these predict the first digit, the end token
-        assert (np.abs(grad[first:last]).sum(axis=-1) > 0).all()
-        assert not grad[:first].any() and not grad[last:].any()
-
-
-def test_shared_prefix_cancels_from_loss_and_gradient():
-    model, reference = double_model(0), double_model(1)
-    both = lines("52=10+20+22", "52=10+20+1+21")
-    chosen, rejected = both[:1], both[1:]
-    shared = len("52=10+20+")
-
-    def suffix_logps(m, ids):
-        token_logps = F.token_log_probs(m(ids[:, :-1]), ids[:, 1:])
-        mask = data.completion_mask(ids)
-        mask[:, :shared] = False
-        return (token_logps * mask[:, 1:]).sum(axis=1)
-
-    whole = model_loss(model, reference, chosen, rejected)
-    short = dpo.dpo_loss(*[suffix_logps(model, ids) for ids in (chosen, rejected)],
-                         *[suffix_logps(reference, ids).detach() for ids in (chosen, rejected)],
-                         0.8)
-    assert whole.item() == pytest.approx(short.item())
-    for a, b in zip(grads_of(model, whole), grads_of(model, short)):
+@pytest.mark.parametrize("pairs, others, logps", [
+    (PAIRS, PADDED, dpo.pair_logps), (PAIRS, PAIRS[::-1], dpo.pair_logps),
+    (PAIRS, PAIRS, lambda model, pairs: [completion_logps(model, pairs[:, i]) for i in (0, 1)]),
+    (PREFIXED, PREFIXED, after_the_prefix)], ids=["padding", "order", "two forwards", "prefix"])
+def test_what_changes_neither_loss_nor_gradient(pairs, others, logps):
+    """Chosen and rejected are told apart by their place; a prefix they share cancels."""
+    for a, b in zip(loss_and_gradients(pairs), loss_and_gradients(others, logps)):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-def test_padding_order_and_number_of_forwards_change_nothing():
-    model, reference = double_model(0), double_model(1)
-    expected = model_loss(model, reference, CHOSEN, REJECTED)
-    padded = [np.pad(ids, ((0, 0), (0, 4)), constant_values=data.PAD) for ids in (CHOSEN, REJECTED)]
-    both = CHOSEN, REJECTED
-    apart = dpo.dpo_loss(*[completion_logps(model, ids) for ids in both],
-                         *[completion_logps(reference, ids).detach() for ids in both], 0.8)
-    variants = [model_loss(model, reference, *padded), apart,
-                model_loss(model, reference, CHOSEN[::-1], REJECTED[::-1])]
-    expected_grads = grads_of(model, expected)
-    for variant in variants:
-        assert variant.item() == pytest.approx(expected.item(), abs=1e-12)
-        for a, b in zip(grads_of(model, variant), expected_grads):
-            np.testing.assert_allclose(a, b, atol=1e-12)
-
-
-def test_a_small_step_raises_the_margin_of_its_pair_and_leaves_the_reference_alone():
-    model, reference = (Transformer(Config(len(data.VOCAB), 8, 2, 2, 12)) for _ in range(2))
-    before = [p.data.tobytes() for p in reference.parameters()]
-    rows = list(dpo.train(model, reference, lambda: (CHOSEN, REJECTED), 3, 0.8, 1e-3, map))
-    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert rows[2]["rewards/margins"] > rows[1]["rewards/margins"] > rows[0]["rewards/margins"]
-    assert [p.data.tobytes() for p in reference.parameters()] == before
-
-
-def test_shards_give_the_loss_of_the_whole_batch():
+def test_finite_differences_through_the_whole_model():
+    loss_and_gradients(PAIRS)
     rng = np.random.default_rng(0)
-    chosen, rejected = dpo.rule_pairs(70, 3, rng)
-    model, reference = (Transformer(Config(len(data.VOCAB), 8, 1, 2, 12), seed) for seed in (0, 1))
-    expected = model_loss(model, reference, chosen, rejected).item()
-    (row,) = dpo.train(model, reference, lambda: (chosen, rejected), 1, 0.8, 1e-3, map)
-    assert row["loss"] == pytest.approx(expected, rel=1e-4)
-    assert row["pairs"] == 70
+    for p, grad in [(p, p.grad) for p in MODEL.parameters()]:
+        for flat in rng.choice(p.size, min(4, p.size), replace=False):
+            index, before, values = np.unravel_index(flat, p.shape), p.data.flat[flat], []
+            for p.data[index] in before + 1e-6, before - 1e-6, before:
+                values.append(dpo.loss_and_log(MODEL, REFERENCE, PAIRS, 0.8)[0].item())
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(grad[index], abs=1e-8, rel=1e-5)
+    assert all(p.grad is None for p in REFERENCE.parameters())
 
 
-def test_logged_names_mean_what_the_field_means():
-    reference = np.array([-2.0, -2])
-    row = dpo.rewards(np.array([-1.0, -2]), np.array([-3.0, -1]), reference, reference, 0.5)
-    assert row == {"rewards/chosen": 0.25, "rewards/rejected": 0.0, "rewards/margins": 0.25,
-                   "rewards/accuracies": 0.5, "logps/chosen": -1.5, "logps/rejected": -2.0}
+def test_prompt_and_padding_get_exactly_no_gradient():
+    logits = leaf(normal(0, len(data.VOCAB), PADDED[..., 1:].size))
+    dpo.dpo_loss(*dpo.pair_logps(lambda _: logits, PADDED), *np.zeros((2, 2)), 0.8).backward()
+    for line, grad in zip(PADDED.reshape(4, -1), np.abs(logits.grad).sum(axis=0).reshape(4, -1)):
+        text = data.decode(line)
+        first, last = text.index("="), len(text)  # these predict the first digit, the end token
+        assert (grad[first:last] > 0).all() and not grad[:first].any() and not grad[last:].any()
 
 
-@given(pairs, betas)
-def test_margins_and_accuracies_are_those_of_the_rewards(rows, beta):
-    """margin = reward of chosen - reward of rejected = beta h; a tie is no success."""
-    arrays = columns(rows)
-    log = dpo.rewards(*arrays, beta)
-    chosen, rejected = beta * (arrays[0] - arrays[2]), beta * (arrays[1] - arrays[3])
-    assert log["rewards/margins"] == pytest.approx(np.mean(beta * margin(arrays)), abs=1e-9)
-    assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"],
-                                                   abs=1e-9)
-    assert log["rewards/accuracies"] == sum(map(float.__gt__, chosen, rejected)) / len(rows)
-    tied = dpo.rewards(arrays[0], arrays[0], arrays[2], arrays[2], beta)
-    assert tied["rewards/accuracies"] == tied["rewards/margins"] == 0
-
-
-# Pairs.
-
-def read(line):
-    return data.parse(data.decode(line))
-
-
-@given(st.integers(1, 30), st.integers(2, 5), st.integers(0, 2 ** 32 - 1))
-def test_rule_pairs_are_right_sums_that_differ_in_their_count(n, prefer, seed):
-    chosen, rejected = dpo.rule_pairs(n, prefer, np.random.default_rng(seed))
-    assert len(chosen) == len(rejected) == n
-    for c, r in zip(map(read, chosen), map(read, rejected)):
-        assert sum(c[1]) == c[0] == r[0] == sum(r[1])
-        assert c[0] not in data.HELD_OUT
-        assert len(c[1]) == prefer != len(r[1]) and 2 <= len(r[1]) <= 5
-
-
-@pytest.mark.parametrize("prefer", [2, 3, 4, 5])
-def test_every_other_count_is_rejected_now_and_then(prefer):
-    _, rejected = dpo.rule_pairs(200, prefer, np.random.default_rng(0))
-    assert {len(read(line)[1]) for line in rejected} == {2, 3, 4, 5} - {prefer}
+@given(four_logps, betas)
+def test_logged_names_mean_what_the_field_means(arrays, beta):
+    """A reward is beta log(pi / pi_ref), the margin is beta h; a tie is no success."""
+    c, r, ref_c, ref_r = arrays
+    chosen, rejected = beta * (c - ref_c), beta * (r - ref_r)
+    assert dict(zip(dpo.LOGGED[1:], dpo.rewards(*arrays, beta), strict=True)) == pytest.approx({
+        "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
+        "rewards/margins": beta * margin(*arrays).mean(),
+        "rewards/accuracies": sum(chosen > rejected) / c.size,
+        "logps/chosen": c.mean(), "logps/rejected": r.mean()}, abs=1e-9)
+    assert dpo.rewards(c, c, ref_c, ref_c, beta)[3] == 0
 
 
 class Scripted:
     """Stands in for a model: its answers go round a fixed list, each made from the target."""
 
     def __init__(self, *answers):
-        self.answers = itertools.cycle(answers)
+        self.answers, self.asked = itertools.cycle(answers), []
 
     def generate(self, prompts, max_new_tokens, temperature, rng):
         targets = [int(data.decode(prompt)[:-1]) for prompt in prompts]
+        self.asked += targets
+        assert temperature == 1  # the probabilities that the loss compares
         return [data.encode(next(self.answers)(t)) + [data.END] for t in targets]
 
 
-RIGHT, OTHER, WRONG, BROKEN = (lambda t: f"1+1+{t - 2}", lambda t: f"1+{t - 1}",
-                               lambda t: f"1+1+{t}", lambda t: "1++1=")
+RIGHT, OTHER, WRONG, BROKEN, AGAIN = (
+    lambda t: f"1+1+{t - 2}", lambda t: f"1+{t - 1}", lambda t: f"1+1+{t - 1}", lambda t: "1++1=",
+    lambda t: f"2+1+{t - 3}")
 
 
-@given(st.integers(1, 8), st.integers(2, 8), st.sampled_from([2, 3]), st.integers(0, 2 ** 32 - 1))
-def test_sampled_pairs_are_one_targets_preferred_and_other_answers(prompts, answers, prefer, seed):
-    model = Scripted(RIGHT, OTHER, WRONG, BROKEN, RIGHT)
-    chosen, rejected = dpo.sampled_pairs(model, prompts, answers, prefer,
-                                         np.random.default_rng(seed), map)
-    for c, r in zip(chosen, rejected):
-        target, terms = read(c)
-        assert sum(terms) == target and len(terms) == prefer
-        assert target not in data.HELD_OUT
-        parsed = read(r)
-        assert parsed is None or sum(parsed[1]) != target or len(parsed[1]) != prefer
-        assert data.decode(r).split("=")[0] == str(target)
+def texts(pairs):
+    return [(data.decode(chosen), data.decode(rejected)) for chosen, rejected in pairs]
 
 
-def test_an_earlier_right_answer_stands_in_for_a_target_that_is_lost():
-    """One pair for each prompt; one of the targets has never been answered well, and gets none."""
-    def ask(model, earlier):
-        return dpo.sampled_pairs(model, 40, 3, 3, np.random.default_rng(0), map, earlier)
-    earlier = {}
-    assert ask(Scripted(WRONG), earlier) is None and not any(earlier.values())
-    chosen, _ = ask(Scripted(RIGHT, RIGHT, BROKEN), earlier)
-    targets = [read(line)[0] for line in chosen]
-    assert {target: list(map(data.decode, lines)) for target, lines in earlier.items()} == {
-        target: [f"{target}={RIGHT(target)}"] for target in targets}
-    del earlier[targets[0]]
-    kept = [target for target in targets if target != targets[0]]
-    chosen, rejected = ask(Scripted(WRONG, BROKEN), earlier)
-    assert [data.decode(line) for line in chosen] == [f"{t}={RIGHT(t)}" for t in kept]
-    assert [data.decode(line).split("=")[0] for line in rejected] == list(map(str, kept))
-    assert ask(Scripted(OTHER, RIGHT), earlier) is not None
-    assert data.decode(earlier[targets[0]][0]) == f"{targets[0]}={RIGHT(targets[0])}"
+@pytest.mark.parametrize("prefer, paired", [(3, [(RIGHT, OTHER), (AGAIN, WRONG)]),
+                                            (2, [(OTHER, RIGHT)]), (4, [])])
+def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, paired):
+    model, rng = Scripted(RIGHT, OTHER, WRONG, BROKEN, AGAIN), np.random.default_rng(0)
+    pairs = dpo.judged_pairs(model, [50, 60], 5, prefer, rng)
+    assert texts(pairs) == [(f"{t}={chosen(t)}", f"{t}={rejected(t)}")
+                            for t in (50, 60) for chosen, rejected in paired]
+    assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 5 + [60] * 5
+    assert len(dpo.judged_pairs(Scripted(RIGHT), [50, 60], 5, 3, rng)) == 0
 
 
-def test_pairs_are_sampled_at_temperature_1_on_the_pool_that_is_given(monkeypatch):
-    """The probabilities that the loss compares are those of temperature 1."""
-    asked, drawn = [], []
-
-    def sample(model, targets, temperature, rng, map_fn):
-        asked.append((len(targets), temperature, map_fn))
-        drawn.append(rng.random())
-        return [data.prompt(t) + data.encode(RIGHT(t)) + [data.END] for t in targets]
-    monkeypatch.setattr(dpo.evaluation, "sample", sample)
-    pool = object()
-    dpo.sampled_pairs(None, 3, 4, 3, np.random.default_rng(0), pool)
-    dpo.masses(None, 3, pool)
-    dpo.masses(None, 3, pool)
-    assert asked == [(12, 1.0, pool), *2 * [(20 * len(data.HELD_OUT), 1.0, pool)]]
-    assert drawn[1] == drawn[2]  # only the model changes from one measurement to the next
+def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
+    rng, online, once = np.random.default_rng(0), Scripted(RIGHT, OTHER), Scripted(RIGHT, OTHER)
+    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, 4, 2, 3, rng)):
+        assert len(pairs) == 4 and len(online.asked) == 4 * 2 * i
+    assert online.asked[:8] != online.asked[8:16]
+    rounds = dpo.sampled_rounds(once, 4, 2, 3, rng, fresh_every=1000)
+    parts = [texts(next(rounds)) for _ in range(100)]
+    assert len(once.asked) == 50 * 4 * 2 and set(map(len, parts)) == {4}  # as online
+    first, again = sum(parts[:50], []), sum(parts[50:], [])
+    assert sorted(first) == sorted(again) and first != again  # in another order
+    assert not {*online.asked, *once.asked} & {*data.HELD_OUT}
 
 
-def test_masses_are_the_shares_of_the_four_kinds_of_answers():
-    scripted = Scripted(RIGHT, OTHER, WRONG, BROKEN, OTHER)
-    shares = dpo.masses(scripted, 3, answers=5)
-    assert shares == {"right, preferred": 0.2, "right, other": 0.4, "wrong sum": 0.2,
-                      "does not parse": 0.2}
-    shares = dpo.masses(scripted, 2, answers=5)
-    assert (shares["right, preferred"], shares["right, other"]) == (0.4, 0.2)
+@given(st.integers(2, 5), seeds)
+def test_pairs_made_by_rule_are_right_sums_that_differ_in_their_count(prefer, seed):
+    pairs = next(dpo.rule_rounds(200, prefer, np.random.default_rng(seed)))
+    for (target, chosen), (same, rejected) in [map(read, pair) for pair in pairs]:
+        assert sum(chosen) == target == same == sum(rejected) and target not in data.HELD_OUT
+        assert len(chosen) == prefer
+    counts = [len(read(line)[1]) for line in pairs[:, 1]]
+    assert {*counts} == {2, 3, 4, 5} - {prefer} and len(counts) == 200
 
 
-def test_no_pair_is_none_and_a_run_without_pairs_stops_with_one_line():
-    assert dpo.sampled_pairs(Scripted(OTHER, WRONG), 4, 4, 3, np.random.default_rng(0), map) is None
-    assert dpo.sampled_pairs(Scripted(RIGHT), 4, 4, 3, np.random.default_rng(0), map) is None
-    model = Transformer(Config(len(data.VOCAB), 8, 1, 2, 12))
-    run = dpo.train(model, model, lambda: None, 50, 0.8, 1e-3, map)
-    assert next(run) == {"round": 1, "pairs": 0}
-    with pytest.raises(cli.UserError, match="no target had both"):
-        list(run)
+def test_what_is_measured_on_held_out_targets():
+    model = Scripted(RIGHT, OTHER, WRONG, BROKEN, OTHER)
+    assert dpo.measure(model, None, [], 0.8, 3) == {
+        "shares": dict(zip(data.OUTCOMES, (0.2, 0.4, 0.2, 0.2)))}
+    assert sorted(model.asked) == sorted(data.HELD_OUT * 20)
+    first, second = (dpo.measure(MODEL, REFERENCE, PAIRS, 0.8, 3) for _ in range(2))
+    log = zip(dpo.LOGGED, dpo.loss_and_log(MODEL, REFERENCE, PAIRS, 0.8)[1])
+    assert first == second == {**{f"eval_{name}": value for name, value in log},
+                               "shares": first["shares"]}  # what can change is the policy
 
 
-def test_an_infinite_loss_stops_the_run():
-    model = Transformer(Config(len(data.VOCAB), 8, 1, 2, 12))
-    model.named_parameters()["head"].data[:] = np.nan
-    with pytest.raises(cli.UserError, match="loss became nan in round 1"):
-        list(dpo.train(model, model, lambda: (CHOSEN, REJECTED), 3, 0.8, 1e-3, map))
+def train(pairs=PAIRS, rounds=3, world=World(), **options):
+    """A run from one model: its logs, and the weights of policy and reference."""
+    policy, reference = model_of_the_task(), model_of_the_task()
+    options = {"source": itertools.repeat(pairs), "beta": 0.8, "lr": 1e-3, **options}
+    logs = list(dpo.train(policy, reference, rounds=rounds, world=world, **options))
+    assert all(p.grad is None for p in reference.parameters())
+    return logs, weights(policy), weights(reference)
+
+
+def test_training_starts_at_ln_2_raises_the_margin_and_leaves_the_reference_alone():
+    logs, policy, reference = train(rounds=12)
+    assert [(log["round"], log["pairs"]) for log in logs] == [(i, 2) for i in range(1, 13)]
+    margins = [log["rewards/margins"] for log in logs]
+    assert margins[0] == 0 and (np.diff(margins) > 0).all()
+    assert logs[-1]["loss"] < logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert list(logs[0])[2:] == list(dpo.LOGGED) and (policy != reference).mean() > 0.9
+    assert np.array_equal(reference, weights(model_of_the_task()))
+
+
+def train_on_many(world=World()):
+    """70 pairs, several shards; of three processes the last has none of them."""
+    pairs = next(dpo.rule_rounds(70, 3, np.random.default_rng(0)))
+    part = {1: [pairs], 3: [pairs[:30], pairs[30:], pairs[:0]]}[world.world_size][world.rank]
+    return train(part, world=world)
+
+
+def test_the_number_of_shards_and_processes_changes_nothing(monkeypatch):
+    runs = [train_on_many(), launch(3, train_on_many)]
+    monkeypatch.setattr(dpo, "SHARD", 1000)
+    logs, policy, _ = train_on_many()
+    for other_logs, others, _ in runs:
+        assert all(log == pytest.approx(other, abs=1e-4) for log, other in zip(logs, other_logs))
+        assert np.allclose(policy, others, atol=1e-5) and other_logs[0]["pairs"] == 70
+
+
+def test_rounds_without_pairs_are_skipped_and_after_many_of_them_training_ends():
+    nine = [PAIRS[:0]] * (dpo.PATIENCE - 1)
+    logs, policy, reference = train(source=[*nine, PAIRS, *nine, PAIRS[:0], PAIRS], rounds=99)
+    assert [log["pairs"] for log in logs] == [0] * 9 + [2] + [0] * 10
+    assert logs[0] == {"round": 1, "pairs": 0} and (policy != reference).any()
+    assert np.array_equal(*train(source=nine, rounds=99)[1:])

@@ -1,119 +1,156 @@
 """Faults that really happen, in a process of their own: nothing is lost, no traceback is shown."""
-import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-import data
-from helpers import flip
-from test_cli import ROOT, TINY
-from transformer import Config, Transformer
+from helpers import ROOT
+from test_cli import MAINS, RUNS, save_model
+from transformer import Transformer
 
-# Runs a program of the project; the named function sends the process Ctrl-C when it is called.
-INTERRUPTED = """
-import importlib, os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import tinygrad_lite, cli
-module, name = sys.argv[3].split(":")
-module = importlib.import_module(module)
-function = getattr(module, name)
-def interrupted(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return function(*args, **kwargs)
-setattr(module, name, interrupted)
-sys.exit(cli.main(sys.argv[2], sys.argv[4:]))
+# A program of the project, made small; SETUP says what happens to it.
+SCRIPT = """
+import multiprocessing, os, resource, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import tinygrad_lite, cli, data, dpo, eval as evaluation, numpy, sft, transformer
+sft.POOL, sft.excess_nats, data.HELD_OUT = 300, lambda *_: 0.0, [52, 96]
+evaluation.evaluate.__defaults__ = 0, 3, 1, 1.0
+def before(module, name, action):
+    function = getattr(module, name)
+    setattr(module, name, lambda *args, **options: (action(), function(*args, **options))[1])
+press = lambda: os.kill(os.getpid(), signal.SIGINT)
+die = lambda: multiprocessing.parent_process() and os.kill(os.getpid(), signal.SIGKILL)
+program = sys.argv[0] = sys.argv.pop(1)
+main = {"sft": sft, "dpo": dpo, "eval": evaluation}[program].main
+SETUP
+cli.run(main)
 """
 
 
-def interrupt(program, place, *flags, code=INTERRUPTED):
-    return subprocess.run([sys.executable, "-c", code, ROOT, program, place,
-                           *map(str, flags)], capture_output=True, text=True, timeout=60)
+OUT = os.fsdecode(b"caf\xe9.npz" if sys.platform == "linux" else "caf\u00e9.npz".encode())
 
 
-@pytest.fixture
-def earlier(tmp_path):
-    """The checkpoint of an earlier run, and its bytes."""
-    path = tmp_path / "earlier.npz"
-    Transformer(Config(len(data.VOCAB), 8, 1, 2, 8, data.MAX_LEN)).save(path)
-    return path, path.read_bytes()
+def command(program, setup="", *flags):
+    files = [OUT] if program == "eval" else ["--out", OUT]
+    return [sys.executable, "-c", SCRIPT.replace("SETUP", setup), str(ROOT), program,
+            *RUNS[program], *files, *map(str, flags)]
 
 
-PLACES = {"making lines": "data:random_lines", "a training step": "sft:clip_grad_norm",
-          "sampling": "transformer:_choose", "writing arrays": "numpy:savez",
-          "flushing the file": "os:fsync", "just before the file takes its place": "os:replace"}
-
-
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_ctrl_c_anywhere_in_sft(earlier, place):
-    path, content = earlier
-    result = interrupt("sft", place, *TINY, "--steps", 3, "--out", path)
-    assert result.returncode == 130
-    saved = path.read_bytes()
-    if saved == content:
-        assert result.stderr == f"stopped; {path} is as it was\n"
-    else:  # the signal was handled only once the new file had taken its place
-        assert place == "os:replace" and result.stderr == f"stopped; {path} is saved\n"
-        Transformer.load(path)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("place", ["dpo:rule_pairs", "dpo:clip_grad_norm", "transformer:_choose",
-                                   "numpy:savez"])
-def test_ctrl_c_anywhere_in_dpo(earlier, place):
-    path, content = earlier
-    out = path.with_name("dpo.npz")
-    result = interrupt("dpo", place, "--pairs", "rule", "--rounds", 2, "--prompts", 4,
-                       "--threads", 1, "--sft", path, "--out", out)
-    assert (result.returncode, result.stderr) == (130, f"stopped; {out} was not written\n")
-    assert path.read_bytes() == content
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_ctrl_c_in_eval(earlier):
-    path, content = earlier
-    result = interrupt("eval", "transformer:_choose", path)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "stopped\n")
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("flags", [["--json"], ["--prompt", 77], ["--help"]])
-def test_a_reader_of_eval_that_has_read_enough(earlier, flags):
-    path, _ = earlier
-    command = " ".join(map(str, [sys.executable, ROOT / "eval.py", path, "--samples", 2, *flags]))
-    result = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True,
+def script(program, setup="", *flags, redirect=""):
+    """Its exit code and standard error; `redirect` is of standard output, as bash reads it."""
+    result = subprocess.run(["bash", "-c", f'"$@" {redirect}; exit ${{PIPESTATUS[0]}}', "bash",
+                             *command(program, setup, *flags)], capture_output=True, text=True,
                             timeout=60)
-    assert result.stdout.count("\n") == 1 and result.stderr == ""
+    return result.returncode, result.stderr
 
 
-def test_a_thousand_flipped_bits(earlier, tmp_path):
-    """Each alone: an error of one kind, or weights that are still those that were saved."""
-    path, content = earlier
-    expected = {name: p.data for name, p in Transformer.load(path).named_parameters().items()}
-    damaged, refused = tmp_path / "damaged.npz", 0
-    for bit in np.random.default_rng(0).integers(0, 8 * len(content), 1000):
-        damaged.write_bytes(flip(content, bit))
-        try:
-            model = Transformer.load(damaged)
-        except ValueError as error:
-            assert str(damaged) in str(error)
-            refused += 1
-        else:
-            for name, p in model.named_parameters().items():
-                assert np.array_equal(p.data, expected[name])
-    assert refused > 500
+@pytest.fixture(autouse=True)
+def earlier(monkeypatch, tmp_path):
+    """A folder with a checkpoint to start from, and the result of an earlier run, under a name that
+    is not UTF-8; a terminal that shows ASCII, the environment of a notebook."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    save_model("sft.npz")
+    return open(save_model(OUT), "rb").read()
 
 
-def test_a_json_that_cannot_be_written_leaves_checkpoint_and_earlier_json(earlier):
-    """Each file is whole: the full disk comes between the checkpoint and its facts."""
-    path, _ = earlier
-    facts = path.with_suffix(".json")
-    facts.write_text('{"an earlier": "run"}')
-    code = INTERRUPTED.replace("os.kill(os.getpid(), signal.SIGINT)",
-                               "raise OSError(28, 'No space left on device', str(args[0]))")
-    result = interrupt("sft", "sft:write_json", *TINY, "--steps", 3, "--out", path, code=code)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.endswith(f"No space left on device; {path} is saved\n")
-    Transformer.load(path)
-    assert json.loads(facts.read_text()) == {"an earlier": "run"}
+def assert_whole(earlier):
+    """Nothing unfinished lies about; the checkpoint is the earlier one or a new one."""
+    assert not [name for name in os.listdir() if name.endswith(".part")]
+    assert open(OUT, "rb").read() == earlier or Transformer.load(OUT)
+
+
+@pytest.mark.parametrize("program, setup, flags, redirect, code, line", [
+    ("sft", "", [], "", 0, ""), ("dpo", "", [], "", 0, ""), ("eval", "", [], "", 0, ""),
+    ("eval", "", ["--tokens", "9=4+5"], "", 0, ""), ("sft", "", [], ">&-", 0, ""),
+    ("sft", "", ["--help"], "|true", 1, ""), ("dpo", "", [], "|true", 1, ""),
+    ("eval", "", ["--json"], "|head -1", 1, ""), ("eval", "", ["."], "", 2, ". Is a directory"),
+    ("sft", "", [], ">/dev/full", 2, ".*No space left on device"),
+    ("eval", "", [], ">/dev/full", 2, ".*No space left on device"),
+    ("eval", "", ["none.npz"], "", 2, "no checkpoint at none.npz;"),
+    ("eval", "before(evaluation, 'table', lambda: bytearray(1 << 60))", [], "", 2, "not enough"),
+    ("sft", "before(sft, 'sft_loss', die)", ["--processes=2"], "", 2, "process 1 of 2.*killed"),
+    ("dpo", "before(dpo, 'dpo_loss', die)", ["--processes=3"], "", 2, "process . of 3.*killed"),
+    ("sft", "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "  # a full disk, as it were
+     "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", [], "", 2, ".*File too large")])
+def test_a_mistake_or_mishap_is_one_line(earlier, program, setup, flags, redirect, code, line):
+    """All else runs through; output that nobody reads to its end stops it quietly."""
+    setup = f"multiprocessing.set_start_method('fork'); {setup}"
+    found, error = script(program, setup, *flags, redirect=redirect)
+    assert re.fullmatch(f"{program}: {line}.*\n" if line else "", error), error
+    assert found == code or "|" in redirect and found == 0  # read by then
+    assert code == 0 or open(OUT, "rb").read() == earlier and len(os.listdir()) == 2
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_help_is_quick_and_waits_for_no_matplotlib(program):
+    code = ("import sys, runpy; sys.modules['matplotlib'] = None; sys.path[0] = sys.argv.pop(1); "
+            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+    before = os.times()
+    result = subprocess.run([sys.executable, "-c", code, ROOT, ROOT / f"{program}.py", "--help"],
+                            capture_output=True, text=True)
+    seconds = sum(os.times()[2:4]) - sum(before[2:4])  # of a processor: others may be busy
+    assert (result.returncode, result.stderr) == (0, "") and seconds < 1.5
+    assert "usage: " in result.stdout and not re.search("None|PosixPath|SUPPRESS", result.stdout)
+
+
+@pytest.mark.parametrize("program, processes, setup", [
+    ("sft", 1, "before(data, 'random_lines', press)"), ("sft", 2, "before(numpy, 'savez', press)"),
+    ("sft", 2, "before(sft, 'clip_grad_norm', press)"), ("sft", 1, "before(os, 'fsync', press)"),
+    ("sft", 1, "before(os, 'replace', press)"), ("sft", 1, "before(cli.Path, 'unlink', press)"),
+    ("sft", 2, "sys.addaudithook(lambda event, args: 'matplotlib' in str(args[:1]) and press())"),
+    ("dpo", 2, "before(dpo, 'clip_grad_norm', press)"),
+    *[(program, 2, "before(transformer, '_choose', press)") for program in ("dpo", "eval")]])
+def test_ctrl_c_in_the_middle(earlier, program, processes, setup):
+    flags = ["--processes", processes] * (program != "eval")
+    assert script(program, setup, *flags) == (130, "stopped\n")
+    assert_whole(earlier)
+
+
+def press_after(seconds, program, method, processes):
+    """Ctrl-C for the whole group, as from a terminal, so long after the program has begun; its exit
+    code, output and error. Waits until no process holds the pipes any more."""
+    setup = (f"multiprocessing.set_start_method({method!r}); run = main\n"
+             "def main():\n    print('begun', flush=True); run()")
+    process = subprocess.Popen(
+        command(program, setup, *["--processes", processes] * (program != "eval")), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+
+@pytest.mark.parametrize("presses", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("program, method, processes", [
+    ("sft", "fork", 2), ("sft", "spawn", 3), ("dpo", "fork", 3), ("dpo", "spawn", 2),
+    ("eval", "fork", 1), ("eval", "spawn", 1)])
+def test_ctrl_c_at_any_moment(earlier, program, method, processes, presses):
+    for seconds in np.random.default_rng().uniform(0, 0.5 if presses == 1 else 2, presses):
+        code, out, error = press_after(seconds, program, method, processes)
+        too_late = error == "" and (code == 0 or code == -signal.SIGINT and "wrote" in out)
+        assert too_late or (code, error) == (130, "stopped\n"), (seconds, code, error)
+        assert_whole(earlier)
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times_while_two_runs_save_to_one_path():
+    setup = ("model = transformer.Transformer(transformer.Config(14))\n"
+             "while True: model.save(sys.argv[-1]); print(flush=True)")
+    for seconds in np.random.default_rng(0).uniform(0, 0.02, 50):
+        savers = [subprocess.Popen(command("sft", setup), stdout=subprocess.PIPE) for _ in range(2)]
+        for saver in savers:
+            saver.stdout.readline()
+        time.sleep(seconds)
+        for saver in savers:
+            saver.kill()
+            saver.communicate()
+        assert Transformer.load(OUT).config.d_hidden == 64

@@ -1,269 +1,163 @@
-"""Gradients of a batch, shard by shard: the parts add up to the whole, whoever computes them."""
+"""One program in several processes: sums, gradients and weights to the bit; errors and deaths."""
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
-from helpers import leaf, normal, seeds, tiny_model
-from test_cli import ROOT, TINY
-from tinygrad_lite import Tensor, functional as F, parallel_map, value_and_grad
+import data
+import sft
+from cli import UserError
+from helpers import ROOT, leaf, normal, tiny_model
+from tinygrad_lite import World, launch, parallel
 
-shard_sizes = st.lists(st.integers(1, 4), min_size=1, max_size=6)
-
-
-def model_loss(model, ids):
-    return -F.token_log_probs(model(ids[:, :-1]), ids[:, 1:]).sum()
+MODEL = tiny_model(0, np.float64, len(data.VOCAB))  # which a loss uses without being given it
+LINES = data.random_lines(100, np.random.default_rng(0))  # two shards
 
 
-def shards_of(seed, sizes, vocab_size=7, length=6):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, (size, length)) for size in sizes]
+# What processes run stands at the top of a module: where they start afresh, they import it.
+def reduce_arrays(world):
+    """How many arrays have not been added up in rank order anywhere, and the number of ranks."""
+    def contribution(rank, shape, dtype):
+        return (10.0 ** (3 * rank) * normal([rank, *shape], *shape)).astype(dtype).T
+    shapes = (), (1,), (2, 3), (parallel.CHUNK // 4 + 1,), (5, parallel.CHUNK // 8)
+    cases = list(itertools.product(shapes, (np.float32, np.float64, np.int64)))
+    totals, wrong = [world.all_reduce(contribution(world.rank, *case)) for case in cases], 0
+    for case, total in zip(cases, totals):
+        first, *others = (contribution(rank, *case) for rank in range(world.world_size))
+        expected = sum(others, start=first)
+        wrong += total.dtype != case[1] or not np.array_equal(total, expected)
+    return world.all_reduce([wrong, 1]).tolist()
 
 
-def gradients_of(model, shards, map_fn=map):
-    parameters = model.parameters()
-    losses = value_and_grad(partial(model_loss, model), parameters, shards, map_fn)
-    return losses, [p.grad for p in parameters]
-
-
-@given(shard_sizes, seeds)
-def test_shards_add_up_to_the_batch(sizes, seed):
-    model, shards = tiny_model(seed, np.float64), shards_of(seed, sizes)
-    losses, grads = gradients_of(model, shards)
-    for p in model.parameters():
+def gradients(world):
+    """Of MODEL's loss and of a parameter nobody uses."""
+    parameters = [*MODEL.parameters(), leaf([[1.0]])]
+    for p in parameters:
         p.grad = None
-    whole = model_loss(model, np.concatenate(shards))
-    total = whole.item()
-    whole.backward()
-    assert np.isclose(sum(losses), total, rtol=1e-12)
-    for p, grad in zip(model.parameters(), grads):
-        assert np.allclose(grad, p.grad, rtol=1e-9, atol=1e-9)
+    for shard in world.share(data.by_length(LINES, sft.SHARD)):
+        sft.sft_loss(MODEL, shard, data.completion_mask(LINES).sum()).backward()
+    world.all_reduce_gradients(parameters)
+    return [p.grad for p in parameters]
 
 
-@given(shard_sizes, seeds)
-def test_any_number_of_processes_gives_the_same_bits(map_fn, sizes, seed):
-    model, shards = tiny_model(seed), shards_of(seed, sizes)
-    losses, grads = gradients_of(model, shards)
-    assert any(grad.any() for grad in grads)
-    other_losses, others = gradients_of(model, shards, map_fn)
-    assert losses == other_losses
-    for a, b in zip(grads, others):
-        assert a.dtype == b.dtype == np.float32 and np.array_equal(a, b)
+def trained(world, steps):
+    """Weights and losses of a run, and how many of their bytes and of other settings differ."""
+    model, rng = tiny_model(0, vocab_size=len(data.VOCAB), n_layers=1), np.random.default_rng(0)
+    batches = (data.random_lines(150, rng) for _ in range(steps))
+    losses = list(sft.train(model, batches, steps, 1e-2, world))
+    weights = np.concatenate([p.data.ravel() for p in model.parameters()])
+    facts = np.append(weights.view(np.uint8), np.geterr()["under"] == "raise").astype(int)
+    different = world.all_reduce(facts) != world.world_size * facts
+    return weights.tolist(), losses, int(world.all_reduce(different.sum()))
 
 
-def test_the_processes_see_weights_that_changed_since_they_started(map_fn):
-    model, shards = tiny_model(), shards_of(0, [2, 2, 2])
-    before, _ = gradients_of(model, shards, map_fn)
-    for p in model.parameters():
-        p.data *= 1.5
-    after, _ = gradients_of(model, shards, map_fn)
-    assert before != after == gradients_of(model, shards)[0]
+def go_on(world, rank=None, error=None, wait=True):
+    """For ever; but `rank` raises an error soon, or is killed."""
+    os.write(1, f"{world.rank} {os.getpid()}\n".encode())
+    for step in itertools.count() if wait or world.rank == rank else ():
+        if (world.rank, step) == (rank, 3 if wait else 0):
+            if error:
+                raise error
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.all_reduce(np.ones(3))
 
 
-def test_a_pool_that_finishes_in_any_order_gives_the_same_bits():
-    """What counts is the order of the shards, not which process is done first."""
-    model, shards = tiny_model(), shards_of(0, [3, 1, 4, 2, 2])
-
-    def backwards(fn, items):
-        return reversed([fn(item) for item in reversed(list(items))])
-    losses, grads = gradients_of(model, shards)
-    other_losses, others = gradients_of(model, shards, backwards)
-    assert losses == other_losses
-    assert all(np.array_equal(a, b) for a, b in zip(grads, others))
-
-
-def test_gradients_are_set_not_added():
-    """A second call, with what the first one left in .grad, gives the same."""
-    model, shards = tiny_model(), shards_of(0, [2, 3])
-    _, first = gradients_of(model, shards)
-    _, second = gradients_of(model, shards)
-    assert all(np.array_equal(a, b) for a, b in zip(first, second))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sums_and_gradients(world_size):
+    """In rank order, also of arrays larger than the shared memory and of any type. The gradients of
+    the shards add up to the batch's; with three processes one has no shard."""
+    assert launch(world_size, reduce_arrays) == [0, world_size]
+    model = tiny_model(0, np.float64, len(data.VOCAB))
+    sft.sft_loss(model, LINES).backward()
+    *grads, unused = launch(world_size, gradients)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad.any() and np.allclose(grad, p.grad, rtol=1e-9, atol=1e-12)
+    assert unused.tolist() == [[0.0]]
 
 
-def test_a_parameter_that_no_shard_uses_gets_zeros():
-    used, unused = leaf([1.0]), leaf([[1.0, 2.0]])
-    unused.grad = np.ones((1, 2), np.float32)
-    value_and_grad(lambda shard: (used * shard).sum(), [used, unused], [2.0, 3.0])
-    assert used.grad == 5
-    assert unused.grad.tolist() == [[0.0, 0.0]] and unused.grad.dtype == np.float32
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_process_holds_the_same_weights_to_the_bit(world_size, steps):
+    weights, losses, different = launch(world_size, trained, steps)
+    assert different == 0 and losses[-1] < losses[0]
+    assert (weights, losses, 0) == launch(world_size, trained, steps)  # and so does the next run
+    assert np.allclose(losses[:20], trained(World(), steps)[1][:20], rtol=1e-4)
 
 
-@pytest.mark.parametrize("users", [[0], [1], [2], [0, 2], [1, 2]])
-def test_a_parameter_that_some_shards_use(users):
-    always, sometimes = leaf([1.0]), leaf([1.0])
-
-    def loss(shard):
-        return (always + sometimes if shard in users else always * 1).sum()
-    value_and_grad(loss, [always, sometimes], range(3))
-    assert always.grad == 3
-    assert sometimes.grad == len(users)
+def test_one_process_starts_nothing(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "RawArray", None)
+    monkeypatch.setattr(multiprocessing, "Process", None)
+    world = launch(1, lambda world, x: world, "x")
+    assert (world.rank, world.world_size, world.share([1, 2, 3])) == (0, 1, [1, 2, 3])
+    assert world.all_reduce([1.5, 2]).tolist() == [1.5, 2]
 
 
-@pytest.mark.parametrize("n_shards", [1, 2, 3])
-def test_gradients_of_two_parameters_share_no_memory(n_shards):
-    """a + b hands one array to both; clipping then scales .grad in place."""
-    a, b = leaf(normal(0, 3)), leaf(normal(1, 3))
-    value_and_grad(lambda shard: (a + b).sum(), [a, b], range(n_shards))
-    a.grad *= 7
-    assert np.array_equal(b.grad, np.full(3, n_shards))
+@pytest.mark.parametrize("error", [KeyError("a zero"), UserError("no"), MemoryError("much"), None,
+                                   EOFError("empty"), BrokenPipeError(32, "closed")], ids=repr)
+@pytest.mark.parametrize("rank, world_size, wait", [(1, 2, True), (1, 2, False), (1, 3, True),
+                                                    (2, 3, True), (2, 3, False)])
+def test_an_error_in_any_process_or_its_death_ends_all(error, rank, world_size, wait):
+    """At once, whether the others wait for it or are done."""
+    start = time.monotonic()
+    with pytest.raises(type(error) if error else ChildProcessError) as caught:
+        launch(world_size, go_on, rank, error, wait)
+    assert time.monotonic() - start < 5 and multiprocessing.active_children() == []
+    assert caught.value.args == error.args if error else f"process {rank} of" in str(caught.value)
+    assert error is None or "in go_on\n    raise error\n" in str(caught.value.__cause__)
 
 
-def test_a_gradient_can_be_scaled_in_place():
-    """sum's gradient is a read-only broadcast view; .grad must be an array of its own."""
-    x = leaf(normal(0, 3))
-    value_and_grad(lambda shard: x.sum(), [x], [0])
-    x.grad *= 2
-    assert np.array_equal(x.grad, [2, 2, 2])
-
-
-def loss_and_notes(x, shard):
-    return (x * shard).sum(), shard, [shard, "note"]
-
-
-def test_values_and_whatever_else_the_loss_returns_come_in_the_order_of_the_shards(map_fn):
-    x = leaf([2.0])
-    plain = value_and_grad(lambda shard: (x * shard).sum(), [x], [1, 2, 3])
-    assert plain == [2, 4, 6] and all(type(value) is float for value in plain)
-    assert x.grad == 6
-    extras = value_and_grad(partial(loss_and_notes, x), [x], [1, 2, 3], map_fn)
-    assert extras == [(2, 1, [1, "note"]), (4, 2, [2, "note"]), (6, 3, [3, "note"])]
-    assert x.grad == 6
-
-
-def test_a_loss_that_depends_on_no_parameter_is_a_mistake():
-    with pytest.raises(RuntimeError):
-        value_and_grad(lambda shard: Tensor(1.0), [leaf([1.0])], [0])
-
-
-# parallel_map.
-
-def product(a, b):
-    if b == 0:
-        raise KeyError("a zero")
-    return a * b
-
-
-@given(st.lists(st.integers(1, 9), max_size=9))
-def test_the_parallel_map_is_map(map_fn, numbers):
-    """Also for fewer items than processes, and none; the shorter iterable counts, as in map."""
-    assert list(map_fn(product, numbers, range(1, 99))) == list(map(product, numbers, range(1, 99)))
-
-
-@pytest.mark.parametrize("zero", range(5))
-def test_an_error_in_any_process_reaches_the_caller_and_the_next_call_works(map_fn, zero):
+def test_an_error_or_ctrl_c_in_rank_0_ends_all(monkeypatch):
+    """While processes start, Ctrl-C waits until all are there, or one might be missed."""
+    def interrupted(process):
+        os.kill(os.getpid(), signal.SIGINT)
+        start(process)
+        started.append(process)
     with pytest.raises(KeyError, match="a zero"):
-        map_fn(product, [1] * 5, [int(i != zero) for i in range(5)])
-    assert map_fn(product, [1, 2, 3, 4, 5], [2] * 5) == [2, 4, 6, 8, 10]
+        launch(2, go_on, 0, KeyError("a zero"))
+    started, start = [], multiprocessing.Process.start
+    monkeypatch.setattr(multiprocessing.Process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch(3, go_on)
+    assert [process.is_alive() for process in started] == [False, False]
+    assert multiprocessing.active_children() == []
 
 
-def test_the_work_is_spread_over_processes():
-    with parallel_map(3) as map_fn:
-        ids = map_fn(process_id, range(6))
-        assert ids[:3] == ids[3:] and len(set(ids)) == 3 and ids[0] == os.getpid()
-        assert all(is_running(i) for i in ids)
-    assert [is_running(i) for i in ids[:3]] == [True, False, False]
+def run_script(folder, *arguments):
+    (folder / "script.py").write_text(f"""
+import multiprocessing, os, signal, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+for name in sys.argv[3:]:
+    exec("del " + name)
+import test_parallel
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    test_parallel.np.seterr(under="raise")
+    print(test_parallel.launch(2, *eval(sys.argv[2], vars(test_parallel))))
+""")
+    return subprocess.Popen([sys.executable, folder / "script.py", *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def process_id(_):
-    return os.getpid()
-
-
-def is_running(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_killed_process_is_an_error_and_no_wait():
-    with parallel_map(2) as map_fn:
-        os.kill(map_fn(process_id, range(2))[1], signal.SIGKILL)
-        with pytest.raises(MemoryError, match="a worker process was killed"):
-            map_fn(process_id, range(2))
-
-
-class Unpicklable:
-    def __reduce__(self):
-        raise TypeError("stays here")
-
-
-def test_what_is_under_way_after_a_failed_call_never_answers_a_later_one():
-    with parallel_map(3) as map_fn:
-        with pytest.raises(TypeError, match="stays here"):
-            map_fn(product, [1, 2, Unpicklable()], [1, 1, 1])
-        with pytest.raises(OSError, match="closed"):
-            map_fn(product, [1, 2, 3], [1, 1, 1])
-
-
-START = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import time
-from test_parallel import process_id
-from tinygrad_lite import parallel_map
-with parallel_map(3) as map_fn:
-    print(*map_fn(process_id, range(3)), flush=True)
-    time.sleep(60)
-"""
+@pytest.mark.parametrize("method, missing", [("spawn", []), ("forkserver", []), ("spawn", [
+    "os.fork", "os.killpg", "os.setsid", "os.getuid", "signal.pthread_sigmask", "signal.alarm"])])
+def test_processes_that_inherit_nothing(tmp_path, method, missing):
+    """As on macOS, from Python 3.14 on, and on Windows; the NumPy error settings go along."""
+    script = run_script(tmp_path, method, "trained, 5", *missing)
+    assert script.communicate(timeout=60) == (f"{launch(2, trained, 5)}\n", "")
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_outlives_the_one_that_started_it(kind):
-    parent = subprocess.Popen([sys.executable, "-c", START, ROOT, ROOT / "tests"],
-                              stdout=subprocess.PIPE, text=True)
-    with parent.stdout:
-        processes = [int(word) for word in parent.stdout.readline().split()]
-    assert len(set(processes)) == 3
-    parent.send_signal(kind)
-    parent.wait(timeout=10)
-    end = time.monotonic() + 10
-    while any(map(is_running, processes)) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(map(is_running, processes))
-
-
-STARTED_AS = """
-import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
-import cli
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[2])
-    sys.exit(cli.main("sft", sys.argv[3:]))
-"""
-
-
-def test_processes_that_inherit_nothing_give_the_same_weights(tmp_path):
-    """As on macOS, where a worker starts from a fresh Python."""
-    script = tmp_path / "with_spawn.py"
-    script.write_text(STARTED_AS)
-    flags = [*TINY[:-2], "--batch-size", "128", "--steps", "3"]
-    for command in ([script, ROOT, "spawn", *flags, "--threads", "2",
-                     "--out", tmp_path / "spawned.npz"],
-                    [ROOT / "sft.py", *flags, "--threads", "1", "--out", tmp_path / "alone.npz"]):
-        subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
-    assert (tmp_path / "spawned.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
-
-
-@pytest.mark.parametrize("start, wait", [("fork", 0.0), ("fork", 0.002), ("fork", 0.004),
-                                         ("fork", 0.006), ("fork", 0.5), ("spawn", 0.0),
-                                         ("spawn", 0.1), ("spawn", 0.2), ("spawn", 1.0)])
-def test_ctrl_c_in_a_terminal_prints_one_line(tmp_path, start, wait):
-    """A terminal sends it to all processes of the run at once; the first ones start just then."""
-    out, script = tmp_path / "sft.npz", tmp_path / "program.py"
-    script.write_text(STARTED_AS)
-    run = subprocess.Popen([sys.executable, script, ROOT, start, *TINY[:-2], "--threads", "3",
-                            "--batch-size", "256", "--steps", "100000", "--out", out],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True)
-    run.stdout.readline()
-    time.sleep(wait)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.communicate(timeout=20)[1] == f"stopped; {out} was not written\n"
-    assert run.returncode == 130
+def test_no_process_outlives_rank_0(tmp_path, kind):
+    """Each holds standard error open until it ends. Ctrl-C is for rank 0 alone."""
+    script = run_script(tmp_path, multiprocessing.get_start_method(), "go_on,")
+    pids = dict(map(int, script.stdout.readline().split()) for _ in range(2))
+    os.kill(pids[1], signal.SIGINT)
+    os.kill(pids[0], kind)
+    error = script.communicate(timeout=5)[1]
+    assert "process 0 of 2 was killed" in error and error.count("\n") == 1

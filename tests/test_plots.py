@@ -1,86 +1,97 @@
-"""The pictures show the numbers they are given."""
+"""The pictures show the numbers they are given, and nothing hides them."""
+import math
+
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
+import data
 import plots
-from benchmarks import experiments
 
-ROWS = [{"checkpoint": name, "mode": "sampled", "targets": "held-out", "n": 200, "format": 1.0,
-         "mean_abs_error": error, "exact": 0.5, "preferred": 0.25,
-         "counts": {"2": 20, "3": 50, "4": 100, "5": 30}}
-        for name, error in (("SFT", 1.234), ("DPO", None))]
-HISTORY = [{"round": 0, "pairs": 0, "masses": dict.fromkeys(plots.KINDS, 0.25)}] + [
-    {"round": i, "pairs": 4 - i, "loss": 0.7 - i / 10, "rewards/chosen": i, "rewards/rejected": -i,
-     "rewards/margins": 2 * i, "rewards/accuracies": 0.5, "logps/chosen": -8 + i,
-     "logps/rejected": -9 - i, "masses": dict.fromkeys(plots.KINDS, 0.25)} for i in (1, 2, 3)]
+ROWS = [{"checkpoint": "$5_vs_$10.npz", "mode": mode, "targets": "held-out", "n": 200,
+         "exact": 0.5, "counts": {"2": 20, "3": 50, "4": 100, "5": 30}}
+        for mode in ("greedy", "sampled", "sampled")]
+NAMES = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
+SHARES = {"shares": dict(zip(data.OUTCOMES, (0.4, 0.3, 0.2, 0.1)))}
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The axes of the picture drawn last; nothing is written."""
+def log(prefix, i):
+    """Numbers that tell rounds and names apart; before the first step all rewards are 0: ties."""
+    numbers = {prefix + name: i + 10 * k for k, name in enumerate(NAMES)}
+    return numbers | {prefix + "rewards/accuracies": 0} if i in (0, 1) else numbers
+
+
+START, EMPTY = {"round": 0, "pairs": 0} | SHARES | log("eval_", 0), {"round": 2, "pairs": 0}
+STEPS = [{"round": i, "pairs": 9 - i} | SHARES | log("", i) | log("eval_", -i) for i in (1, 3, 4)]
+HISTORY = [START, STEPS[0], EMPTY, *STEPS[1:]]
+CREDIT = [{"line": line, "policy_logp": -1.0, "reference_logp": -2.0, "reward": reward,
+           "tokens": tokens} for line, reward, tokens in (
+               ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]), ("10=9", 1.0, [("9", 1.0)]))]
+LOSSES = [math.sin(i) for i in range(1000)]
+
+
+def draw(name, numbers):
+    """The axes of a picture."""
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
-    return lambda: figures[-1].axes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda figure, _: figures.append(figure))
+        getattr(plots, name)(numbers, None)
+    return figures[0].axes
 
 
-def test_the_distribution_in_percent_of_all_answers(drawn):
-    plots.distribution(ROWS, None)
-    for ax, row in zip(drawn(), ROWS, strict=True):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name, numbers", [
+    ("sft_loss", LOSSES), ("distribution", ROWS), ("credit", CREDIT), ("credit", CREDIT[:1]),
+    ("dpo_training", HISTORY), ("dpo_training", [START, EMPTY])])
+def test_no_picture_has_text_of_a_file_name_or_a_legend_over_data(tmp_path, name, numbers):
+    figure = draw(name, numbers)[0].figure
+    plots.save(figure, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not [text for text in figure.findobj(Text) if "npz" in text.get_text()]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for ax in figure.axes:
+        if legend := ax.get_legend():
+            assert legend.get_window_extent(renderer).y1 < ax.get_window_extent(renderer).y0
+
+
+def test_the_distribution_in_percent_and_the_loss_raw_and_smoothed():
+    for ax, name in zip(draw("distribution", ROWS), ("SFT", "DPO"), strict=True):
         assert [bar.get_height() for bar in ax.patches] == [10, 25, 50, 15]
-        assert [bar.get_facecolor() == ax.patches[1].get_facecolor() for bar in ax.patches] == [
-            False, True, False, False]
-        assert row["checkpoint"] in ax.get_title() and "exact 50.0 %" in ax.get_title()
-    assert "error 1.23," in drawn()[0].get_title() and "error -," in drawn()[1].get_title()
+        preferred = ax.patches[1].get_facecolor()
+        assert [bar.get_facecolor() == preferred for bar in ax.patches] == [0, 1, 0, 0]
+        assert name in ax.get_title() and "50 %" in ax.get_title()
+    raw, smooth = draw("sft_loss", LOSSES)[0].lines
+    assert list(raw.get_ydata()) == LOSSES and list(raw.get_xdata()) == [*range(1, 1001)]
+    assert smooth.get_ydata()[500] == pytest.approx(np.mean(LOSSES[495:506]))
+    assert smooth.get_ydata()[0] == pytest.approx(np.mean(LOSSES[:6]))
 
 
-@pytest.mark.parametrize("steps", [1, 7, 200, 1000])
-def test_the_sft_loss_in_means_over_a_two_hundredth(drawn, steps):
-    losses = list(np.linspace(3, 1, steps))
-    plots.sft_loss(losses, None)
-    (line,) = drawn()[0].lines
-    assert len(line.get_ydata()) == min(steps, 200)
-    assert np.isclose(np.mean(line.get_ydata()), np.mean(losses))
+def drawn(ax, held_out=False):
+    """The pale curves of training pairs, or the dashed ones of held-out pairs: lists of (x, y)."""
+    return [list(zip(*map(list, line.get_data()))) for line in ax.lines
+            if (line.get_linestyle() == "--" if held_out else line.get_alpha() == 0.2)]
 
 
-def test_the_training_curves_leave_out_rounds_without_pairs(drawn):
-    plots.dpo_training(HISTORY, None)
-    by_title = {ax.get_title(): ax for ax in drawn()}
-    (loss,) = by_title["loss"].lines
-    assert list(loss.get_xdata()) == [1, 2, 3] and np.allclose(loss.get_ydata(), [0.6, 0.5, 0.4])
-    labels = {line.get_label(): list(line.get_ydata()) for line in by_title["rewards"].lines}
-    assert labels["rewards/chosen"] == [1, 2, 3] and labels["rewards/rejected"] == [-1, -2, -3]
-    assert len(by_title["answers to held-out targets"].collections) == 4
+def test_the_training_curves_leave_out_rounds_without_pairs_and_accuracies_of_ties():
+    *curves, outcomes, pairs = draw("dpo_training", HISTORY)
+    for i, name in enumerate(NAMES):
+        ax, k, rows = curves[min(i, 3)], i == 4, STEPS[i == 1:]
+        assert drawn(ax)[k] == [(row["round"], row[name]) for row in rows]
+        held_out = [(row["round"], row["eval_" + name]) for row in rows]
+        assert drawn(ax, True)[k][-len(rows):] == held_out
+    assert 0 not in [y for _, y in drawn(curves[1], True)[0]]
+    assert math.log(2) in [line.get_ydata()[0] for line in curves[0].lines]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in outcomes.collections]
+    assert np.allclose(tops, [40, 70, 90, 100]) and list(pairs.lines[0].get_ydata()) == [8, 0, 6, 5]
+    late = [START, {**EMPTY, "round": 1}, {**STEPS[0], "round": 2}, *STEPS[1:]]
+    assert drawn(draw("dpo_training", late)[1]) == drawn(curves[1])
 
 
-def test_the_lesson_sets_two_runs_side_by_side(drawn):
-    experiments.draw_lesson({"rule pairs": HISTORY, "sampled pairs": HISTORY[:3]}, None)
-    assert [ax.get_title() for ax in drawn()[:2]] == ["rule pairs", "sampled pairs"]
-    chosen, rejected = drawn()[2].lines
-    assert list(chosen.get_ydata()) == [-7, -6, -5]
-    assert list(rejected.get_ydata()) == [-10, -11, -12]
-    assert len(drawn()[3].lines[0].get_xdata()) == 2
-
-
-def test_an_error_of_any_size_is_short():
-    assert [plots.shortened(error) for error in (None, 0.0, 1.234, 999.99, 123456.0)] == [
-        "-", "0.00", "1.23", "999.99", "1e+05"]
-    assert plots.shortened(1.234, 0) == "1"
-
-
-def test_credit_writes_every_token_with_its_value(drawn):
-    plots.credit([("10=4+6", [("4", 0.5), ("+", -2.0)]), ("10=9", [("9", 1.0)])], 0.8, None)
-    first, second, bar = drawn()
+def test_credit_writes_every_token_with_its_value():
+    first, second, _ = draw("credit", CREDIT)
     assert [text.get_text() for text in first.texts] == ["4\n+0.5", "+\n-2.0"]
-    assert "10=4+6   reward -1.5" in first.get_title(loc="left")
+    assert all(text in first.get_title(loc="left") for text in ("10=4+6", "0.14", "0.37", "-1.5"))
     assert first.images[0].get_clim() == second.images[0].get_clim() == (-2, 2)
-    assert bar.get_ylabel() == "0.8 (log pi - log pi_ref)"
-
-
-def test_the_beta_sweep_by_divergence(drawn):
-    points = [{"beta": 0.8, "divergence": 3.0, "preferred": 0.9, "exact": 0.95},
-              {"beta": 3.0, "divergence": 1.0, "preferred": 0.6, "exact": 0.9}]
-    experiments.draw_sweep(points, None)
-    preferred, exact = drawn()[0].lines
-    assert list(preferred.get_xdata()) == [1, 3] and list(preferred.get_ydata()) == [0.6, 0.9]
-    assert list(exact.get_ydata()) == [0.9, 0.95]
-    assert [text.get_text() for text in drawn()[0].texts] == ["3", "0.8"]
+    assert "margin of -2.5" in first.figure.get_suptitle()
+    assert "margin" not in draw("credit", CREDIT[:1])[0].figure.get_suptitle()  # takes two lines

@@ -7,10 +7,9 @@ import sys
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")  # macOS
 if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
-    # glibc gives freed arrays back to the system; getting new ones takes 0.7 of a step's time. Keep
-    # 256 MB at hand (M_TRIM_THRESHOLD, -1), arrays of up to 32 MB too (M_MMAP_THRESHOLD, -3).
-    _libc.mallopt(-1, 2 ** 28)
-    _libc.mallopt(-3, 2 ** 25)
+    # glibc gives freed arrays back to the system; getting new ones takes 0.7 of a step's time.
+    _libc.mallopt(-1, 2 ** 28)  # M_TRIM_THRESHOLD: it keeps 256 MB at hand,
+    _libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD: also from arrays of up to 32 MB
 
 from . import functional  # noqa: E402
 from .gradcheck import gradcheck  # noqa: E402

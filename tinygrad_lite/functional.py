@@ -1,8 +1,7 @@
 """The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
-An activation is a matrix with one column for each position: (D, N), N = B T, line after line.
-B lines of T positions, D features, H heads of width d, V tokens. In each derivation g = dL/dy, L
-the loss and y what the op returns.
+Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
+positions, D features, H heads of width d, V tokens. In derivations g = dL/d(result), L the loss.
 """
 import numpy as np
 
@@ -10,76 +9,55 @@ from .tensor import Tensor
 
 
 def embedding(weight, ids):
-    """Column ids[n] of weight: (D, V), int (N,) -> (D, N).
-
-    As y = W onehot, dL/dW = g onehot^T: a product, far faster than scattered additions.
-    """
-    def backward(grad):
-        onehot = np.zeros((ids.size, weight.shape[1]), weight.dtype)  # (N, V)
-        onehot[np.arange(ids.size), ids] = 1
-        return (grad @ onehot,)
-    return Tensor(weight.data.take(ids, axis=1), parents=(weight,), backward=backward)
+    """Column ids[n] of weight: (D, V), int (N,) -> (D, N)."""
+    # It is W onehot, so dL/dW = g onehot^T: a product, far faster than scattered additions.
+    return Tensor(weight.data.take(ids, axis=1), parents=(weight,), backward=lambda grad: (
+        grad @ np.eye(weight.shape[1], dtype=weight.dtype).take(ids, axis=0),))  # (D, N) @ (N, V)
 
 
 def rms_norm(x, eps=1e-6):
     """y = x / rms(x) for each column, rms(x) = sqrt(mean(x^2) + eps): (D, N) -> (D, N).
-
-    Zhang & Sennrich 2019, Eq. 4, without its learned scale. As d rms / dx_j = x_j / (D rms),
-    dy_i / dx_j = (delta_ij - y_i y_j / D) / rms, and so dL/dx = (g - y mean(g y)) / rms.
-    """
-    rms = np.sqrt(np.einsum("dn,dn->n", x.data, x.data) / len(x.data) + x.dtype.type(eps))  # (N,)
-    out = x.data / rms
-
-    def backward(grad):
-        return ((grad - out * (np.einsum("dn,dn->n", grad, out) / len(out))) / rms,)
-    return Tensor(out, parents=(x,), backward=backward)
+    Zhang & Sennrich 2019, Eq. 4, without its learned scale."""
+    def mean(a, b):
+        return np.einsum("dn,dn->n", a, b) / len(a)  # of a * b, which is never formed: (N,)
+    rms = np.sqrt(mean(x.data, x.data) + eps)
+    y = x.data / rms
+    # As d rms / dx_j = x_j / (D rms), dy_i / dx_j = (delta_ij - y_i y_j / D) / rms: sum over i.
+    return Tensor(y, parents=(x,), backward=lambda grad: ((grad - y * mean(grad, y)) / rms,))
 
 
 def swiglu(gate_up):
-    """y = silu(gate) * up of the two halves [gate; up]: (2F, N) -> (F, N).
-
-    Shazeer 2020, Eq. 5 without biases; silu(a) = a s, s = sigmoid(a). As ds/da = s (1 - s),
-        dL/dup = g silu(gate)        dL/dgate = g up (s + silu(gate) (1 - s))
-    """
+    """silu(gate) * up of the halves [gate; up], silu(a) = a sigmoid(a): (2F, N) -> (F, N).
+    Shazeer 2020, Eq. 5 without biases."""
     gate, up = np.split(gate_up.data, 2)  # (F, N) each
-    sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # is 1 / (1 + exp(-gate)), without its overflow
-    silu = gate * sigmoid
-
-    def backward(grad):
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        return (np.concatenate([grad_gate, grad * silu]),)
-    return Tensor(silu * up, parents=(gate_up,), backward=backward)
+    s = 0.5 * np.tanh(0.5 * gate) + 0.5  # sigmoid 1 / (1 + exp(-gate)), without its overflow
+    silu = gate * s
+    # As ds/dgate = s (1 - s), dL/dgate = g up (s + silu (1 - s)); dL/dup = g silu.
+    return Tensor(silu * up, parents=(gate_up,), backward=lambda grad: (
+        np.concatenate([grad * up * (s + silu * (1 - s)), grad * silu]),))
 
 
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, no overflow for any x.
-
-    d/dx log sigmoid(x) = sigmoid(-x) = exp(log sigmoid(-x)).
-    """
+    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, no overflow for any x."""
     softplus = np.log1p(np.exp(-np.abs(x.data)))  # the same for x and -x
     return Tensor(np.minimum(x.data, 0) - softplus, parents=(x,), backward=lambda grad: (
-        grad * np.exp(np.minimum(-x.data, 0) - softplus),))
+        grad * np.exp(np.minimum(-x.data, 0) - softplus),))  # g sigmoid(-x)
 
 
 def token_log_probs(logits, targets):
-    """log softmax(logits) at the targets: (V, N), int (N,) -> (N,).
-
-    With logits z and p = softmax(z), log p_k = z_k - log sum_j exp z_j. So
-    d(log p_k) / dz_j = delta_jk - p_j. Raises ValueError for targets that are not N integers from
-    0 to V - 1.
-    """
+    """log softmax(logits) at the targets: (V, N), int (N,) -> (N,). Raises ValueError for targets
+    that are not N integers from 0 to V - 1."""
     targets, (n_tokens, n) = np.asarray(targets), logits.shape
-    if not (targets.shape == (n,) and targets.dtype.kind in "iu"
-            and ((0 <= targets) & (targets < n_tokens)).all()):
-        raise ValueError(f"targets must be {n} integers from 0 to {n_tokens - 1}, "
-                         f"not {targets.dtype} {targets.shape}")
+    if (targets.shape != (n,) or targets.dtype.kind not in "iu"
+            or not ((0 <= targets) & (targets < n_tokens)).all()):
+        raise ValueError(f"targets must be {n} integers from 0 to {n_tokens - 1}")
     at = targets, np.arange(n)
     shifted = logits.data - logits.data.max(axis=0)  # (V, N)
     exp = np.exp(shifted)
     total = exp.sum(axis=0)  # (N,)
 
-    def backward(grad):
-        grad_logits = exp * (-grad / total)
+    def backward(grad):  # with logits z, log p_k = z_k - log sum_j exp z_j:
+        grad_logits = exp * (-grad / total)  # d(log p_k) / dz_j = delta_jk - p_j
         grad_logits[at] += grad
         return (grad_logits,)
     return Tensor(shifted[at] - np.log(total), parents=(logits,), backward=backward)
@@ -87,64 +65,54 @@ def token_log_probs(logits, targets):
 
 def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     """Rotary causal attention: (3D, N) = [q; k; v], heads one below the other in each -> (D, N).
-
     Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
-    feature i turns with i + d / 2, as in Llama). For one head and line, Q = (R_i q_i) / sqrt(d),
-    K = (R_j k_j) and V are (d, T); j is a key, i a query, `*` elementwise:
-        S = K^T Q, -inf where j > i    E = exp(S - max)    s_i = sum over j of E_ji    O = V E / s
+    feature i turns with i + d / 2, as in Llama). For one head and line, Q = (R_i q_i) / d^(1/4),
+    K = (R_j k_j) / d^(1/4) and V are (d, T); j is a key, i a query, `*` elementwise:
+        S = K^T Q, -inf where j > i    E = exp(S - max)    s_i = sum_j E_ji    O = V E / s
     The softmax P = E / s is never formed: E has T rows, O only d. Backward, with G = (dL/dO) / s,
-        dL/dV = G E^T     dL/dP = s V^T G     dL/dS = P * (dL/dP - c) = E * (V^T G - G . O), as
-        c_i = sum over j of P_ji dL/dP_ji = s_i G_i . O_i,     dL/dQ = K dL/dS     dL/dK = Q dL/dS^T
-    and R^T = R^-1 turns these two back.
-    """
+        dL/dV = G E^T    dL/dQ = K dL/dS    dL/dK = Q dL/dS^T    dL/dP = s V^T G
+        dL/dS = P * (dL/dP - c) = E * (V^T G - G . O),  c_i = sum_j P_ji dL/dP_ji = s_i G_i . O_i"""
     length = qkv.shape[1] // batch  # T
     heads = qkv.data.reshape(3, n_heads, -1, batch, length)  # (3, H, d, B, T)
-    cos, sin = _rotation(heads.shape[2], range(length), rope_base, qkv.dtype, batch)  # (d/2, N)
-    scale = qkv.dtype.type(heads.shape[2] ** -0.5)
-    q, k = _rotate(heads[:2], cos, sin)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, heads[2]))  # (H, B, d, T)
-    rows, exp = _score_arrays(n_heads, batch, length, qkv.dtype)  # two views of S, to become E
-    np.matmul(k.swapaxes(2, 3), q, out=exp)
+    cos, sin = np.tile(_rotation(heads.shape[2], range(length), rope_base, qkv.dtype), batch)
+    q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
+    v = heads[2].swapaxes(1, 2)
+    scores, rows = _scores(k, q)  # S, which becomes E
     future = np.tril(np.full((length, length), -np.inf, qkv.dtype), -1)  # (T keys, T queries)
     rows += np.tile(future, n_heads * batch)
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
-    total = rows.sum(axis=0).reshape(n_heads, 1, batch, length)  # s
+    total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
     out = np.empty(heads.shape[1:], qkv.dtype)  # (H, d, B, T)
-    np.matmul(v, exp, out=out.swapaxes(1, 2))
+    np.matmul(v, scores, out=out.swapaxes(1, 2))
     out /= total
 
     def backward(grad):
         grad = grad.reshape(out.shape) / total  # G
         dot, grad = np.einsum("hdbt,hdbt->hbt", grad, out), grad.swapaxes(1, 2)
-        grad_heads, (grad_rows, grad_scores) = np.empty_like(heads), _score_arrays(
-            n_heads, batch, length, qkv.dtype)
-        grad_q, grad_k, grad_v = grad_heads.swapaxes(2, 3)  # (H, B, d, T)
-        np.matmul(grad, exp.swapaxes(2, 3), out=grad_v)
-        np.matmul(v.swapaxes(2, 3), grad, out=grad_scores)
-        grad_rows -= dot.reshape(-1)
+        grad_scores, grad_rows = _scores(v, grad)
+        grad_rows -= dot.ravel()
         grad_rows *= rows  # dL/dS
+        grad_heads = np.empty_like(heads)
+        grad_q, grad_k, grad_v = grad_heads.swapaxes(2, 3)  # (H, B, d, T)
         np.matmul(k, grad_scores, out=grad_q)
-        np.matmul(q, grad_scores.swapaxes(2, 3), out=grad_k)
-        grad_q *= scale
-        grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)
+        np.matmul(q, grad_scores.mT, out=grad_k)
+        np.matmul(grad, scores.mT, out=grad_v)
+        grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)  # R^T = R^-1
         return (grad_heads.reshape(qkv.shape),)
     return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
 
 
 def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
-    """causal_attention for one more position of each line, under no_grad: (3D, B) -> (D, B).
-
-    `keys` and `values`, (max_len, H, d, B), hold those before; this one's are stored at `position`.
-    Raises RuntimeError where a gradient is wanted.
-    """
+    """causal_attention for one more position of each line: (3D, B) -> (D, B). `keys` and `values`,
+    (max_len, H, d, B), hold those before; this one's are stored at `position`. Raises RuntimeError
+    where a gradient is wanted."""
     if qkv.requires_grad:
         raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
     heads = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (3, H, d, B)
-    cos, sin = _rotation(heads.shape[2], [position], rope_base, qkv.dtype)  # (d/2, 1)
+    cos, sin = _rotation(heads.shape[2], [position], rope_base, qkv.dtype)
     q, keys[position] = _rotate(heads[:2], cos, sin)
     values[position] = heads[2]
-    q *= qkv.dtype.type(heads.shape[2] ** -0.5)
     # All lines and heads in one einsum; products of matrices would be one call for each.
     scores = np.einsum("hdb,jhdb->jhb", q, keys[:position + 1])
     exp = np.exp(scores - scores.max(axis=0))
@@ -152,26 +120,24 @@ def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
     return Tensor(out.reshape(-1, qkv.shape[1]))
 
 
-def _score_arrays(n_heads, batch, length, dtype):
-    """A new array (T keys, H B T queries), and a view of it as matrices (H, B, T keys, T queries).
+def _scores(k, q):
+    """K^T Q of (H, B, d, T): (H, B, T keys, T queries), and the same memory as (T keys, H B T)."""
+    # Softmax over whole rows saves a fifth of a step. 16 unused numbers keep the rows from lying a
+    # multiple of 4 kB apart, where they would push each other out of the cache: up to a tenth.
+    n_heads, batch, _, length = q.shape
+    rows = np.empty((length, n_heads * batch * length + 16), q.dtype)[:, :-16]
+    scores = rows.reshape(length, n_heads, batch, length).transpose(1, 2, 0, 3)
+    return np.matmul(k.mT, q, out=scores), rows
 
-    Keys first, so that softmax works on whole rows: (H, B, T, T) costs a fifth of a step. The 16
-    unused numbers keep rows from lying a multiple of 4 kB apart, where they would push each other
-    out of the processor's cache: up to a tenth.
-    """
-    rows = np.empty((length, n_heads * batch * length + 16), dtype)[:, :-16]
-    return rows, rows.reshape(length, n_heads, batch, length).transpose(1, 2, 0, 3)
 
-
-def _rotation(head, positions, base, dtype, times=1):
-    """cos and sin of position * base^(-2i / d) in row i, so many times over: (d/2, N) each."""
-    angle = np.outer(base ** (-np.arange(0, head, 2) / head), positions)
-    return [np.tile(table.astype(dtype), times) for table in (np.cos(angle), np.sin(angle))]
+def _rotation(d, positions, base, dtype):
+    """cos and sin, over d^(1/4), of the angles t base^(-2i / d) at positions t: (2, d/2, T)."""
+    angles = np.outer(base ** (-np.arange(0, d, 2) / d), positions)
+    return (np.array([np.cos(angles), np.sin(angles)]) * d ** -0.25).astype(dtype)
 
 
 def _rotate(x, cos, sin):
-    """Halves (a, b) of each head's features become (a cos - b sin, b cos + a sin), for q and k:
-    (2, H, d, ...) -> the same."""
+    """Halves (a, b) of a head, of q or k, become (a cos - b sin, b cos + a sin): (2, H, d, ...)."""
     halves = x.reshape(2, x.shape[1], 2, len(cos), -1)
     a, b = halves[:, :, 0], halves[:, :, 1]  # (2, H, d/2, N)
     return np.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(x.shape)

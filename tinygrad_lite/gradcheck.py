@@ -5,26 +5,22 @@ from .tensor import Tensor, no_grad
 
 
 def gradcheck(fn, *arrays, step=1e-6):
-    """The largest error between backward() and central differences of fn, in float64.
-
-    `fn` takes a Tensor for each array and returns one, whose elements are weighted by fixed random
-    numbers, so that errors cannot cancel. The error of an element is |a - b| / max(1, |a|, |b|),
-    a from backward() and b = (f(x + step) - f(x - step)) / (2 step), itself off by about 1e-9.
-    """
+    """The largest error |a - b| / max(1, |a|, |b|) of any element, in float64: a from backward(),
+    b = (f(x + step) - f(x - step)) / (2 step), itself off by about 1e-9. `fn` takes a Tensor for
+    each array and returns one; f sums its elements, by random weights, so that no errors cancel."""
     inputs = [Tensor(np.array(array, dtype=np.float64), requires_grad=True) for array in arrays]
     out = fn(*inputs)
     weights = np.random.default_rng(0).standard_normal(out.shape)
     out.backward(weights)
     worst = 0.0
     for tensor in inputs:
-        analytic = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
-        for index in np.ndindex(tensor.shape):
-            x, a, values = float(tensor.data[index]), analytic[index], []
-            for tensor.data[index] in (x + step, x - step):
+        grad = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
+        for index, x in np.ndenumerate(tensor.data.copy()):
+            def f(value):
+                tensor.data[index] = value
                 with no_grad():
-                    values.append((fn(*inputs).data * weights).sum())
+                    return (fn(*inputs).data * weights).sum()
+            a, b = grad[index], (f(x + step) - f(x - step)) / (2 * step)
             tensor.data[index] = x
-            b = (values[0] - values[1]) / (2 * step)
-            # np.maximum, unlike max(), keeps a NaN
-            worst = np.maximum(worst, abs(a - b) / max(1.0, abs(a), abs(b)))
+            worst = np.maximum(worst, abs(a - b) / max(1.0, abs(a), abs(b)))  # keeps a NaN
     return float(worst)

@@ -7,37 +7,32 @@ from .tensor import Tensor
 
 
 class Adam:
-    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype.
-
-    The moments lie in one long vector: dozens of small arrays would cost a call each. `weight_decay`
-    shrinks matrices by lr * weight_decay a step, apart from the gradient (Loshchilov & Hutter 2019,
-    Algorithm 2). Raises TypeError unless `parameters` is a list of Tensors.
-    """
-
+    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype; a step
+    also shrinks matrices by lr * weight_decay (Loshchilov & Hutter 2019, Algorithm 2). Raises
+    TypeError unless `parameters` is a list of Tensors."""
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
         self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        # One long vector each: dozens of small arrays would cost a call each.
         self.mean = self.square = np.zeros_like(flat_gradients(parameters))  # m and v
 
     def step(self):
-        """p -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where
-        m += (1 - b1) (g - m) and v += (1 - b2) (g^2 - v) are running means; t counts the steps."""
+        """p -= lr m' / (sqrt(v') + eps), where m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""
         self.steps += 1
-        beta1, beta2 = self.betas
+        (beta1, beta2), t = self.betas, self.steps
         grad = flat_gradients(self.parameters)
         self.mean = self.mean + (1 - beta1) * (grad - self.mean)
         self.square = self.square + (1 - beta2) * (grad * grad - self.square)
-        update = (self.mean * (self.lr / (1 - beta1 ** self.steps))
-                  / (np.sqrt(self.square / (1 - beta2 ** self.steps)) + self.eps))
+        update = (self.mean * (self.lr / (1 - beta1 ** t))
+                  / (np.sqrt(self.square / (1 - beta2 ** t)) + self.eps))
         for p, piece in zip(self.parameters, split_like(update, self.parameters)):
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay
             p.data -= piece
 
     def zero_grad(self):
-        """Forget the gradients."""
         for p in self.parameters:
             p.grad = None
 

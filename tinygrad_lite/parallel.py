@@ -1,9 +1,9 @@
 """One program in several processes: each computes its share of a batch, gradients are added up.
 
 As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
-same optimizer steps. Only sums travel, through shared memory. Threads would not do: an op takes
-some 20 microseconds here, and a thread would wait as long for Python's lock after each.
+same optimizer steps; only sums travel. Threads would wait for Python's lock after every op.
 """
+import contextlib
 import multiprocessing.resource_tracker
 import signal
 import sys
@@ -17,13 +17,9 @@ CHUNK = 2 ** 19  # bytes that a process puts into shared memory at a time
 
 
 class World:
-    """The processes of a run as one of them sees it: its own `rank`, from 0, and `world_size`.
-
-    World() is one process alone.
-    """
-
+    """A process's view of a run: its `rank`, from 0, and `world_size`. World() is one alone."""
     def __init__(self, rank=0, world_size=1, pipes=(), buffer=b""):
-        self.rank, self.world_size, self._pipes = rank, world_size, pipes
+        self.rank, self.world_size, self._pipes = rank, world_size, pipes  # [(rank, pipe to it)]
         self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # half, rank, byte
 
     def share(self, items):
@@ -36,16 +32,15 @@ class World:
         array = np.asarray(array)
         if self.world_size == 1:
             return array
-        pieces, step = [], CHUNK // array.itemsize
-        for start in range(0, array.size, step):
-            piece = array.ravel()[start:start + step]
+        sums, step = [], CHUNK // array.itemsize
+        for piece in np.split(array.ravel(), range(step, array.size, step)):
             slots = self._slots[0][:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
             slots[self.rank] = piece
             self.wait_for_all()
-            pieces.append(slots.sum(axis=0))
+            sums.append(slots.sum(axis=0))
             # Writing goes on in the other half: who comes back to this one knows all have read it.
             self._slots = self._slots[::-1]
-        return np.concatenate(pieces).reshape(array.shape)
+        return np.concatenate(sums).reshape(array.shape)
 
     def all_reduce_gradients(self, parameters):
         """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
@@ -55,49 +50,45 @@ class World:
 
     def wait_for_all(self):
         """Return once every process has come here; raise what another one raised instead."""
+        failure = None
         try:
-            for pipe in self._pipes if self.rank == 0 else ():
-                if failure := pipe.recv():
-                    error, text = failure
-                    raise error from RuntimeError(f"in another process:\n{text}")
-            for pipe in self._pipes:
+            for rank, pipe in self._pipes if self.rank == 0 else ():
+                failure = failure or pipe.recv()
+            for rank, pipe in self._pipes if not failure else ():
                 pipe.send(None)
             if self.rank > 0:
                 pipe.recv()
         except (EOFError, ConnectionError):  # nobody holds the other end of `pipe` any more
-            rank = 0 if self.rank else 1 + self._pipes.index(pipe)
-            raise ChildProcessError(f"process {rank} of {self.world_size} was killed; the run has "
-                                    f"ended, run it again") from None
+            raise ChildProcessError(f"process {rank} of {self.world_size} was killed") from None
+        if failure:
+            error, text = failure
+            raise error from RuntimeError(f"in another process:\n{text}")
 
 
 def launch(world_size, function, *arguments):
-    """Run function(world, *arguments) in world_size processes; return what it returns in rank 0,
-    which is this process.
-
-    Where processes start afresh (macOS, Windows), `function` must be defined at the top of a
-    module, the arguments must be plain values, and a script needs `if __name__ == "__main__"`. An
-    exception in any process ends all and is raised here, ChildProcessError if one was killed.
-    """
+    """Run function(world, *arguments) in world_size processes, and return what it returns in this
+    one, rank 0. An exception in any ends all and is raised here, ChildProcessError if one was
+    killed. Where processes start afresh (macOS, Windows), `function` must stand at the top of a
+    module, the arguments must be plain values, a script needs `if __name__ == "__main__"`."""
     if world_size == 1:
         return function(World(), *arguments)
     buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
-    can_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if can_mask:  # Ctrl-C waits until all are started; they inherit that, and never see it
-        multiprocessing.resource_tracker.ensure_running()  # started later, it would let it in
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        try:
+        with contextlib.ExitStack() as when_started:
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+                # Ctrl-C waits until all are started; they inherit that, and never see it. Python's
+                # resource tracker, if it started among them, would let it in.
+                multiprocessing.resource_tracker.ensure_running()
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                when_started.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             for rank in range(1, world_size):
-                pipe, their_pipe = multiprocessing.Pipe()
+                pipe, theirs = multiprocessing.Pipe()
                 process = multiprocessing.Process(target=_work, daemon=True, args=(
-                    rank, world_size, their_pipe, pipe, buffer, np.geterr(), function, arguments))
+                    rank, world_size, theirs, pipe, buffer, np.geterr(), function, arguments))
                 process.start()
-                their_pipe.close()
                 processes.append(process)
-                pipes.append(pipe)
-        finally:
-            if can_mask:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                theirs.close()
+                pipes.append((rank, pipe))
         world = World(0, world_size, pipes, buffer)
         result = function(world, *arguments)
         world.wait_for_all()
@@ -113,12 +104,12 @@ def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends the others
     parents_pipe.close()  # inherited; held open, it would hide that rank 0 is gone
     np.seterr(**numpy_errors)
-    world = World(rank, world_size, [pipe], buffer)
+    world = World(rank, world_size, [(0, pipe)], buffer)
     try:
         function(world, *arguments)
         world.wait_for_all()
     except ChildProcessError as error:
-        print(error, file=sys.stderr)
+        sys.exit(str(error))
     except Exception as error:
         pipe.send((error, traceback.format_exc()))
         pipe.recv()  # nothing comes: rank 0 raises the error and ends this process

@@ -1,13 +1,12 @@
 """Tensor and tape: reverse-mode automatic differentiation of NumPy code.
 
-An op is a plain function. It computes its result with NumPy and ends with
-`return Tensor(out, parents=..., backward=backward)`. The nested `backward(grad)` receives the
-gradient of the loss with respect to `out` and returns one gradient for each parent: the chain rule.
-It never writes into `grad`, which another op may hold, too. `Tensor.backward` calls these functions
-from the newest node to the oldest and leaves a `.grad` at the leaves, the Tensors no op made.
+An op computes `out` with NumPy and ends with `return Tensor(out, parents=..., backward=backward)`.
+Its `backward(grad)` turns the gradient of the loss with respect to `out` into one for each parent:
+the chain rule. It never writes into `grad`, which another op may hold, too.
 """
 import contextlib
 import contextvars
+import heapq
 import itertools
 import numbers
 
@@ -28,13 +27,11 @@ def no_grad():
 
 
 class Tensor:
-    """An array that remembers how it was computed.
-
-    `data`: ndarray, list or number; float64 arrays stay what they are, other real numbers become
-    float32, TypeError for anything else. Ops refer to it and do not copy it: changed in place
-    between forward and backward, it makes gradients wrong, silently. `grad`: None, or an array like
-    data, to which `backward()` adds. `parents` and `backward` are for ops.
-    """
+    """An array that remembers how it was computed. `data`: ndarray, list or number; float64 arrays
+    stay what they are, other real numbers become float32, TypeError for anything else. It is not
+    copied: changed in place between forward and backward, it makes gradients wrong, silently.
+    `grad`: None, or an array like data, to which `backward()` adds. Operands of ops broadcast as in
+    NumPy; numbers and arrays are constants."""
     __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
@@ -54,33 +51,23 @@ class Tensor:
     def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
 
     def backward(self, grad=None):
-        """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires one.
-
-        `grad` has self's shape; it may be left out when self has one element. The graph is freed on
-        the way. Raises ValueError for a missing or misshapen `grad`, RuntimeError if nothing was
-        recorded or an earlier call has freed the graph.
-        """
+        """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf, a Tensor that requires
+        a gradient and that no op made; free the graph on the way. `grad` has self's shape; for one
+        element it may be left out. Raises ValueError if it is missing or misshapen, RuntimeError if
+        nothing was recorded or an earlier call has freed the graph."""
         if not self.requires_grad:
             raise RuntimeError("backward() of a tensor that does not require a gradient")
         grad = np.ones(self.shape) if grad is None and self.size == 1 else grad
-        if grad is None or np.shape(grad) != self.shape:
+        if np.shape(grad) != self.shape:
             raise ValueError(f"backward() of shape {self.shape} needs a gradient of that shape")
-        found, stack = {self}, [self]
-        while stack:  # no recursion: a graph may be deeper than Python's stack
-            parents = stack.pop().parents
+        grads, queue = {self: np.asarray(grad, self.dtype)}, [(-self.serial, self)]
+        while queue:
+            _, node = heapq.heappop(queue)  # the newest: what uses it, which is newer, is done
+            grad, parents, backward = grads.pop(node), node.parents, node.backward_fn
             if parents is None:
                 raise RuntimeError("an earlier backward() has freed this graph; compute it again")
-            new = [p for p in parents if p.requires_grad and p not in found]
-            found.update(new)
-            stack += new
-        nodes = sorted(found, key=lambda node: node.serial)  # the newest last
-        grads = {self: np.asarray(grad, self.dtype)}
-        del found, parents, new  # they would keep every node's array alive
-        while nodes:
-            node = nodes.pop()  # all its consumers are newer, so its gradient is complete
-            grad, parents, backward = grads.pop(node), node.parents, node.backward_fn
             if backward is None:  # a leaf; a copy, as an op may give one array to two
-                node.grad = np.array(grad) if node.grad is None else node.grad + grad
+                node.grad = np.array(grad) if node.grad is None else np.asarray(node.grad + grad)
                 continue
             node.parents = node.backward_fn = None  # free what the forward pass saved
             for parent, new in zip(parents, backward(grad), strict=True):
@@ -89,34 +76,36 @@ class Tensor:
                 if (getattr(new, "dtype", None), np.shape(new)) != (parent.dtype, parent.shape):
                     raise RuntimeError(f"{backward.__qualname__} returned a wrong gradient for a "
                                        f"{parent.dtype} tensor of shape {parent.shape}: {new!r}")
+                if parent not in grads:
+                    heapq.heappush(queue, (-parent.serial, parent))
                 grads[parent] = grads[parent] + new if parent in grads else new
 
-    def _op(self, out, backward):
-        return Tensor(out, parents=(self,), backward=backward)
-
-    # Elementwise ops. Operands broadcast as in NumPy; numbers and arrays are constants.
+    def _operand(self, value):
+        """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
+        if isinstance(value, Tensor) and value.dtype != self.dtype:
+            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
+        return value if isinstance(value, Tensor) else Tensor(_array(value, self.dtype))
 
     def __add__(self, other):
-        other = self._operand(other)
-        return _binary(self.data + other.data, self, other, lambda grad: (grad, grad))
+        a, b = self, self._operand(other)
+        return _op(a.data + b.data, (a, b), lambda grad: (grad, grad))
 
     def __mul__(self, other):
-        other = self._operand(other)
-        return _binary(self.data * other.data, self, other,
-                       lambda grad: (grad * other.data, grad * self.data))
+        a, b = self, self._operand(other)
+        return _op(a.data * b.data, (a, b), lambda grad: (grad * b.data, grad * a.data))
 
     def __pow__(self, exponent):
         if not isinstance(exponent, numbers.Real):
             raise TypeError(f"the exponent must be a number, not {type(exponent)}")
         n = float(exponent)  # a NumPy float64 would turn float32 into float64
-        return self._op(self.data ** n, lambda grad: (
+        return _op(self.data ** n, (self,), lambda grad: (
             grad * n * self.data ** (n - 1) if n else np.zeros_like(grad),))
 
     def exp(self):
         out = np.exp(self.data)
-        return self._op(out, lambda grad: (grad * out,))
+        return _op(out, (self,), lambda grad: (grad * out,))
 
-    def log(self): return self._op(np.log(self.data), lambda grad: (grad / self.data,))
+    def log(self): return _op(np.log(self.data), (self,), lambda grad: (grad / self.data,))
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -self._operand(other)
     def __truediv__(self, other): return self * self._operand(other) ** -1.0
@@ -126,28 +115,18 @@ class Tensor:
     def __rtruediv__(self, other): return self ** -1.0 * other
     def __rmatmul__(self, other): return self._operand(other) @ self
 
-    def _operand(self, value):
-        """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
-        if isinstance(value, Tensor) and value.dtype != self.dtype:
-            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
-        return value if isinstance(value, Tensor) else Tensor(_array(value, self.dtype))
-
-    # Products, reductions and shapes.
-
     def __matmul__(self, other):
         """(..., n, k) @ (..., k, m) -> (..., n, m); the axes before the last two broadcast."""
-        other = self._operand(other)
-        if other.ndim == 1:
-            return (self @ other.reshape(-1, 1))[..., 0]
-        if self.ndim == 1:
-            return (self.reshape(1, -1) @ other)[..., 0, :]
-        return _binary(self.data @ other.data, self, other,
-                       lambda grad: (grad @ other.data.swapaxes(-1, -2),
-                                     self.data.swapaxes(-1, -2) @ grad))
+        a, b = self, self._operand(other)
+        if b.ndim == 1:
+            return (a @ b.reshape(-1, 1))[..., 0]
+        if a.ndim == 1:
+            return (a.reshape(1, -1) @ b)[..., 0, :]
+        return _op(a.data @ b.data, (a, b), lambda grad: (grad @ b.data.mT, a.data.mT @ grad))
 
     def sum(self, axis=None, keepdims=False):
         out = self.data.sum(axis, keepdims=True)
-        return self._op(out if keepdims else out.squeeze(axis), lambda grad: (
+        return _op(out if keepdims else out.squeeze(axis), (self,), lambda grad: (
             np.broadcast_to(grad.reshape(out.shape), self.shape),))
 
     def mean(self, axis=None, keepdims=False):
@@ -155,21 +134,20 @@ class Tensor:
         return total * (total.size / self.size)
 
     def reshape(self, *shape):
-        return self._op(self.data.reshape(*shape), lambda grad: (grad.reshape(self.shape),))
+        return _op(self.data.reshape(*shape), (self,), lambda grad: (grad.reshape(self.shape),))
 
     def transpose(self, *axes):
-        """Axis i of the result is axis axes[i] of self; without axes, all are reversed."""
         out = self.data.transpose(axes or None)
-        inverse = np.argsort([axis % self.ndim for axis in axes or reversed(range(self.ndim))])
-        return self._op(out, lambda grad: (grad.transpose(inverse),))
+        inverse = np.argsort(np.mod(axes, self.ndim)) if axes else None
+        return _op(out, (self,), lambda grad: (grad.transpose(inverse),))
 
     def __getitem__(self, index):
         """self[index] for any NumPy index; an element taken twice receives both gradients."""
         def backward(grad):
-            taken = np.arange(self.size).reshape(self.shape)[index].ravel()
-            total = np.bincount(taken, weights=grad.ravel(), minlength=self.size)
-            return (total.reshape(self.shape).astype(self.dtype),)
-        return self._op(self.data[index], backward)
+            total = np.zeros_like(self.data)
+            np.add.at(total, index, grad)
+            return (total,)
+        return _op(self.data[index], (self,), backward)
 
 
 def _array(data, dtype=None):
@@ -181,12 +159,11 @@ def _array(data, dtype=None):
     return array.astype(dtype or (np.float64 if keep else np.float32), copy=False)
 
 
-def _binary(out, a, b, backward):
-    """The Tensor of an op on a and b. Broadcasting copied an operand over new or longer axes; its
-    gradient sums the copies."""
-    def sum_to(grad, shape):
-        ones = (1,) * (grad.ndim - len(shape)) + shape
-        axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, ones)) if n != m)
-        return grad.sum(axis=axes).reshape(shape) if axes else grad.reshape(shape)
-    return Tensor(out, parents=(a, b), backward=lambda grad: [
-        sum_to(g, parent.shape) for g, parent in zip(backward(grad), (a, b))])
+def _op(out, parents, backward):
+    """An op's Tensor. Broadcasting copies a parent over new or longer axes; its gradient adds up."""
+    def sum_to(shape, grad):
+        padded = (1,) * (grad.ndim - len(shape)) + shape
+        axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, padded)) if n != m)
+        return (grad.sum(axis=axes) if axes else grad).reshape(shape)
+    return Tensor(out, parents=parents, backward=lambda grad: [
+        sum_to(parent.shape, g) for parent, g in zip(parents, backward(grad))])

@@ -65,10 +65,10 @@ def distribution(rows, path, prefer=3):
 
 def curves(ax, history, names, **labels):
     """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: on the training pairs,
-    and dashed on the held-out ones. In round 1 all rewards are 0: no accuracy to draw."""
-    first = 2 if "rewards/accuracies" in names else 0
-    trained = [row for row in history if row["pairs"] and row["round"] >= first]
-    held_out = [row for row in history if "eval_loss" in row and row["round"] >= first]
+    and dashed on the held-out ones. At first all rewards are 0: there is no accuracy to draw."""
+    first = 1 if "rewards/accuracies" in names else 0
+    trained = [row for row in history if row["pairs"]][first:]
+    held_out = [row for row in history if "eval_loss" in row][first:]
     for name, (colour, label) in names.items():
         plot_smoothed(ax, [row["round"] for row in trained], [row[name] for row in trained], colour,
                       12, f"{label}training pairs")
@@ -92,8 +92,9 @@ def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
     figure, (loss, accuracy, margin, rewards, outcomes, pairs) = axes(2, 3, size=(14, 8.4))
     curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2",
-           ylabel="loss (nats per pair)", ylim=(0, None))
+           ylabel="loss (nats per pair)")
     loss.axhline(math.log(2), color=GREY, linewidth=1)
+    loss.set_ylim(bottom=0)
     loss.annotate("ln 2: policy = reference", (0.98, math.log(2)), (0, 4), color="#555555",
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
@@ -128,6 +129,7 @@ def credit(rows, path):
         ax.set_title(f"{row['line']}:  p_ref {before:.2g}, p_policy {after:.2g},  reward "
                      f"{row['reward']:+.1f}", loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
-    margin = rows[0]["reward"] - rows[-1]["reward"]
-    figure.suptitle(f"where DPO put its credit: a margin of {margin:.1f}")
+    if len(rows) > 1:
+        figure.suptitle("where DPO put its credit: a margin of "
+                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
     save(figure, path)

@@ -1,7 +1,9 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
 import dataclasses
 import json
+import math
 import numbers
+import os
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -165,23 +167,33 @@ class Transformer:
 
 def _checked_config(archive):
     """The Config of a checkpoint. Raises ValueError unless the arrays are those of its sizes. Only
-    their headers are read: a damaged file could ask for any amount of memory."""
-    if archive.zip.getinfo("config.npy").file_size > 10_000:
+    headers are read, and compared with the file's size: a damaged one could ask for any memory."""
+    n_bytes = _header(archive, "config")[1].itemsize
+    if n_bytes > 10_000:
         raise ValueError("its config is too long")
     fields = json.loads(archive["config"].item())
     config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
     if 6 * config.n_layers + 3 != len(archive.files) - 1:  # before a list of them is made
         raise ValueError(f"it holds {len(archive.files) - 1} arrays, not those of its config")
     for name, shape in parameter_shapes(config).items():
-        with archive.zip.open(f"{name}.npy") as member:
-            version = np.lib.format.read_magic(member)
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-            found, _, dtype = read_header(member)
+        found, dtype = _header(archive, name)
         if found == shape[::-1] != shape:
             raise ValueError(f"it is of the first edition, whose {name} lies transposed")
         if found != shape or dtype.kind != "f":
             raise ValueError(f"{name} should be float32 {shape}, found {dtype} {found}")
+        n_bytes += math.prod(shape) * dtype.itemsize
+    if n_bytes > os.fstat(archive.zip.fp.fileno()).st_size:
+        raise ValueError("it is shorter than its headers say")
     return config
+
+
+def _header(archive, name):
+    """Shape and dtype of an array that is not read yet."""
+    with archive.zip.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+        shape, _, dtype = read_header(member)
+        return shape, dtype
 
 
 def _choose(logits, temperature, rng):

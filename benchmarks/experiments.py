@@ -104,8 +104,8 @@ def lesson(n_seeds=2):
             histories.setdefault(source, history)  # the picture shows seed 0
             last = [log for log in history if log["pairs"]][-1]
             row = metrics(f"{name}{seed}")
-            print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  accuracy {rewards/accuracies:.2f}  "
-                  "rewards {rewards/chosen:+.1f} {rewards/rejected:+.1f}".format(**last),
+            print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  rewards {rewards/chosen:+.1f} "
+                  "{rewards/rejected:+.1f}  accuracy {rewards/accuracies:.2f}".format(**last),
                   " both {both:.3f}  exact {exact:.3f}  preferred {preferred:.3f}".format(**row))
     figure, grid = plots.axes(2, 3, size=(14, 8), sharey="row")
     for i, (source, history) in enumerate(histories.items()):

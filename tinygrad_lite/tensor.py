@@ -160,7 +160,7 @@ def _array(data, dtype=None):
 
 
 def _op(out, parents, backward):
-    """An op's Tensor. Broadcasting copies a parent over new or longer axes; its gradient adds up."""
+    """An op's Tensor. Broadcasting copies a parent over new or longer axes; gradients add up."""
     def sum_to(shape, grad):
         padded = (1,) * (grad.ndim - len(shape)) + shape
         axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, padded)) if n != m)

@@ -230,8 +230,8 @@ def main(argv=None):
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):
         if rows[-1]["both"] < 0.5:
-            raise cli.UserError(f"{PATIENCE} rounds in a row without a pair: no answer was right "
-                                f"and preferred; raise --answers, or train SFT longer")
+            raise cli.UserError(f"{PATIENCE} rounds without a pair: too few answers are right and "
+                                f"preferred; raise --answers, or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
 
     policy.save(out)

@@ -85,10 +85,10 @@ def parse_arguments(argv):
     add("folder", type=Path, metavar="FOLDER",
         help="what to_hugging_face.py wrote: where policy and reference start")
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
-    add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
+    add("--rounds", type=cli.whole(1), default=1800, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=384,
         help="targets in a round, two answers each, of all processes")
-    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")
     add("--seed", type=cli.whole(0), default=0, help="of prompts and answers")
     add("--out", type=cli.checkpoint_path, default=Path("runs/online_dpo_trl.npz"),
         help="the checkpoint to write; a folder of this name without .npz goes beside it")

@@ -200,7 +200,7 @@ def test_a_run_without_a_pair_says_so_and_writes_nothing(rounds):
     """A new model has hardly ever a right answer."""
     message = message_of("dpo", "--sft", "sft.npz", *RULE[2:], "--answers", 2, "--rounds", rounds,
                          "--out", "out.npz")
-    assert re.search("no pair.*--answers", message) and nothing_written()
+    assert re.search("without a pair.*--answers", message) and nothing_written()
 
 
 VALUES = ["0", "1", "2", "3", "5", "8", "-1", "x", "nan", "0.5", "9e29", "1e-30", "9=4+5", "rule",

@@ -173,14 +173,14 @@ def texts(pairs):
     return [(data.decode(chosen), data.decode(rejected)) for chosen, rejected in pairs]
 
 
-@pytest.mark.parametrize("prefer, paired", [(3, [(RIGHT, OTHER), (AGAIN, WRONG)]),
-                                            (2, [(OTHER, RIGHT)]), (4, [])])
+@pytest.mark.parametrize("prefer, paired", [(2, [(OTHER, RIGHT)]), (4, []),
+                                            (3, [(RIGHT, OTHER), (AGAIN, WRONG), (AGAIN, BROKEN)])])
 def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, paired):
-    model, rng = Scripted(RIGHT, OTHER, WRONG, BROKEN, AGAIN), np.random.default_rng(0)
-    pairs = dpo.judged_pairs(model, [50, 60], 5, prefer, rng)
+    model, rng = Scripted(RIGHT, OTHER, WRONG, BROKEN, AGAIN, AGAIN), np.random.default_rng(0)
+    pairs = dpo.judged_pairs(model, [50, 60], 6, prefer, rng)
     assert texts(pairs) == [(f"{t}={chosen(t)}", f"{t}={rejected(t)}")
                             for t in (50, 60) for chosen, rejected in paired]
-    assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 5 + [60] * 5
+    assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 6 + [60] * 6
     assert len(dpo.judged_pairs(Scripted(RIGHT), [50, 60], 5, 3, rng)) == 0
 
 

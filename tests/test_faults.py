@@ -75,8 +75,8 @@ def assert_whole(earlier):
     ("eval", "", [], ">/dev/full", 2, ".*No space left on device"),
     ("eval", "", ["none.npz"], "", 2, "no checkpoint at none.npz;"),
     ("eval", "before(evaluation, 'table', lambda: bytearray(1 << 60))", [], "", 2, "not enough"),
-    ("sft", "before(sft, 'sft_loss', die)", ["--processes=2"], "", 2, "process 1 of 2.*killed"),
-    ("dpo", "before(dpo, 'dpo_loss', die)", ["--processes=3"], "", 2, "process . of 3.*killed"),
+    ("sft", "before(sft, 'Adam', die)", ["--processes=2"], "", 2, "process 1 of 2.*killed"),
+    ("dpo", "before(dpo, 'Adam', die)", ["--processes=3"], "", 2, "process . of 3.*killed"),
     ("sft", "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "  # a full disk, as it were
      "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", [], "", 2, ".*File too large")])
 def test_a_mistake_or_mishap_is_one_line(earlier, program, setup, flags, redirect, code, line):

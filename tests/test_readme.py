@@ -23,7 +23,7 @@ def test_examples_print_what_they_say():
 
 def commands(page):
     """[(program, flags), ...] of `python PROGRAM FLAGS` in text and in blocks."""
-    found = re.findall(r"python ((?:benchmarks/|examples/)?\w+\.py)([^`&\n(]*)", page)
+    found = re.findall(r"python ((?:benchmarks/|examples/)?\w+\.py)([^`&\n(<]*)", page)
     return list(dict.fromkeys((program, flags.strip()) for program, flags in found))
 
 
@@ -43,12 +43,11 @@ SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 3 --prompts 8 --answers 4",
 
 
 def exercises():
-    """[(diff or "", command), ...] of the folded answers."""
+    """[(new, old, command), ...] of the folded answers; new and old are "" where nothing changes."""
     found = []
-    for answer in re.findall(r"<details>(.*?)</details>", README, re.DOTALL):
-        diff = re.search(r"```diff\n(.*?)```", answer, re.DOTALL)
-        ran = re.search(r"\$ (python .*)", answer)
-        found.append((diff[1] if diff else "", ran[1]))
+    for answer in re.findall(r"<details>(.*)</details>", README):
+        *change, command = re.findall(r"<code>(.*?)</code>", answer)
+        found.append((*(change or ("", "")), command))
     return found
 
 
@@ -70,20 +69,11 @@ def run(folder, command):
     return result.stdout
 
 
-def apply(diff, folder):
-    """Replace the - lines of a diff by its + lines."""
-    old, new = ("\n".join(line[1:] for line in diff.splitlines() if line[:1] in keep)
-                for keep in ("- ", "+ "))
-    (changed,) = [path for path in folder.glob("*.py") if old in path.read_text()]
-    changed.write_text(changed.read_text().replace(old, new))
-
-
 def test_every_exercise_has_an_answer_that_fits_the_source():
     assert len(exercises()) == 5
-    for diff, command in exercises():
-        old = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in "- ")
-        assert sum(old in path.read_text() for path in ROOT.glob("*.py")) == 1 or not diff, diff
-        assert shlex.split(command)[1] in ("dpo.py", "eval.py")
+    for _, old, command in exercises():
+        assert not old or sum(path.read_text().count(old) for path in ROOT.glob("*.py")) == 1, old
+        assert command.startswith("python dpo.py")
 
 
 @pytest.mark.slow
@@ -96,10 +86,10 @@ def test_every_command_and_exercise_runs(tmp_path):
     for program in ("benchmarks/train_step.py", "benchmarks/sample.py",
                     "benchmarks/experiments.py"):
         run(ROOT, f"python {program}")
-    for diff, command in exercises():
+    for new, old, command in exercises():
         before = {path: path.read_text() for path in tmp_path.glob("*.py")}
-        if diff:
-            apply(diff, tmp_path)
+        for path, text in before.items() if old else ():
+            path.write_text(text.replace(old, new))
         run(tmp_path, command)
         for path, text in before.items():
             path.write_text(text)

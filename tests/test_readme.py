@@ -43,7 +43,7 @@ SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 3 --prompts 8 --answers 4",
 
 
 def exercises():
-    """[(new, old, command), ...] of the folded answers; new and old are "" where nothing changes."""
+    """[(new, old, command), ...] of the folded answers; new and old are "" if nothing changes."""
     found = []
     for answer in re.findall(r"<details>(.*)</details>", README):
         *change, command = re.findall(r"<code>(.*?)</code>", answer)

@@ -244,7 +244,7 @@ def test_damaged_files_are_refused_unless_it_does_not_matter(tmp_path, n):
     checkpoint(extra=ONES), checkpoint(extra=[Trap()]), checkpoint(norm=None, gain=ONES),
     checkpoint(**{"blocks.1.qkv": np.ones((72, 24), np.float32)}),
     *map(checkpoint, (None, b"{}", "", "{", "null", "[]", "3", '"text"', "[" * 100_000, np.ones(1),
-                      ["{}", "{}"], b"\xff", npy(["{}"], (10 ** 9,)), [Trap()],
+                      ["{}", "{}"], b"\xff", npy(["{}"], (10 ** 9,)), Trap(),
                       npy("{}").replace(b"U2'", b"U9000000'").replace(b" " * 7 + b"\n", b" \n"))),
     *(checkpoint(json.dumps({**CONFIG, name: value})) for name, value in (
         ("d_model", 48), ("n_layers", 2), ("n_layers", 0), ("n_layers", 10 ** 12), ("d_model", -24),

@@ -134,7 +134,7 @@ def press_after(seconds, program, method, processes):
     ("sft", "fork", 2), ("sft", "spawn", 3), ("dpo", "fork", 3), ("dpo", "spawn", 2),
     ("eval", "fork", 1), ("eval", "spawn", 1)])
 def test_ctrl_c_at_any_moment(earlier, program, method, processes, presses):
-    for seconds in np.random.default_rng().uniform(0, 0.5 if presses == 1 else 2, presses):
+    for seconds in np.random.default_rng().uniform(0, 0.5 if presses == 1 else 1, presses):
         code, out, error = press_after(seconds, program, method, processes)
         too_late = error == "" and (code == 0 or code == -signal.SIGINT and "wrote" in out)
         assert too_late or (code, error) == (130, "stopped\n"), (seconds, code, error)

@@ -44,6 +44,7 @@ def run(main):
         code = _fail(f"{error.filename or ''} {error.strerror or error}")
     if code:  # what could not be printed must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python's own exit would die of it
     sys.exit(code)
 
 

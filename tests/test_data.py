@@ -25,7 +25,6 @@ def answer(target, terms):
 
 
 def read(ids):
-    """(target, terms) of a line, padded or not."""
     return data.parse(data.decode(ids))
 
 

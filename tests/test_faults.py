@@ -55,6 +55,7 @@ def earlier(monkeypatch, tmp_path):
     is not UTF-8; a terminal that shows ASCII, the environment of a notebook."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     save_model("sft.npz")
     return open(save_model(OUT), "rb").read()
@@ -115,7 +116,7 @@ def test_ctrl_c_in_the_middle(earlier, program, processes, setup):
 
 def press_after(seconds, program, method, processes):
     """Ctrl-C for the whole group, as from a terminal, so long after the program has begun; its exit
-    code, output and error. Waits until no process holds the pipes any more."""
+    code and standard error. Waits until no process holds the pipes any more."""
     setup = (f"multiprocessing.set_start_method({method!r}); run = main\n"
              "def main():\n    print('begun', flush=True); run()")
     process = subprocess.Popen(
@@ -125,8 +126,8 @@ def press_after(seconds, program, method, processes):
     time.sleep(seconds)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=60)
-    return process.returncode, out, error
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
 
 
 @pytest.mark.parametrize("presses", [1, pytest.param(50, marks=pytest.mark.slow)])
@@ -135,9 +136,8 @@ def press_after(seconds, program, method, processes):
     ("eval", "fork", 1), ("eval", "spawn", 1)])
 def test_ctrl_c_at_any_moment(earlier, program, method, processes, presses):
     for seconds in np.random.default_rng().uniform(0, 0.5 if presses == 1 else 1, presses):
-        code, out, error = press_after(seconds, program, method, processes)
-        too_late = error == "" and (code == 0 or code == -signal.SIGINT and "wrote" in out)
-        assert too_late or (code, error) == (130, "stopped\n"), (seconds, code, error)
+        code, error = press_after(seconds, program, method, processes)
+        assert (code, error) in [(130, "stopped\n"), (0, "")], (seconds, code, error)  # too late
         assert_whole(earlier)
 
 

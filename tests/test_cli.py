@@ -42,7 +42,7 @@ def small(monkeypatch, tmp_path):
 
 
 def nothing_written():
-    return (Path("out.npz").read_text() == "an earlier result"
+    return (Path("out.npz").read_bytes() == b"an earlier result"
             and set(os.listdir()) <= {"sft.npz", "out.npz", "odd.npz", "odd.json", "locked"})
 
 
@@ -196,11 +196,15 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run(monkeypatch, module, 
     assert re.search(f"{says}.*lower --lr", message) and nothing_written()
 
 
-@pytest.mark.parametrize("rounds", [3, 50])
-def test_a_run_without_a_pair_says_so_and_writes_nothing(rounds):
+@pytest.mark.parametrize("rounds, both, says", [
+    (3, 0, "without a pair.*--answers"), (50, 0, "without a pair.*--answers"),
+    (50, 1, "nothing left to reject: .*after round 10\n")])
+def test_a_run_without_a_pair_writes_only_if_all_is_well(capsys, monkeypatch, rounds, both, says):
+    metrics = evaluation.metrics
+    monkeypatch.setattr(evaluation, "metrics", lambda *rest: metrics(*rest) | {"both": both})
     message = message_of("dpo", "--sft", "sft.npz", *RULE[2:], "--answers", 2, "--rounds", rounds,
                          "--out", "out.npz")
-    assert re.search("without a pair.*--answers", message) and nothing_written()
+    assert re.search(says, message or capsys.readouterr().out) and nothing_written() == (not both)
 
 
 VALUES = ["0", "1", "2", "3", "5", "8", "-1", "x", "nan", "0.5", "9e29", "1e-30", "9=4+5", "rule",

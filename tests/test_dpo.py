@@ -78,7 +78,6 @@ def test_extreme_margins_stay_finite_in_float32(h):
 
 @pytest.mark.parametrize("at", range(4))
 def test_log_probabilities_of_unlike_shapes_are_refused(at):
-    """Broadcasting would make a loss of them without a word."""
     arrays = [Tensor(np.zeros([(3, 1), 1][at % 2] if i == at else 3)) for i in range(4)]
     with pytest.raises(ValueError, match="one shape"):
         dpo.dpo_loss(*arrays, 0.8)

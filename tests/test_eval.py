@@ -43,7 +43,6 @@ def test_a_sample_answers_every_target_in_its_place(temperature):
 
 
 def test_the_rows_of_an_evaluation(monkeypatch):
-    """Fifty answers at temperature 1, three terms preferred, unless asked for other ones."""
     rows = evaluation.evaluate({"a": model(0), "b": model(1)}, 3, 2, 4, 0.5)
     places = [(mode, which) for mode in ("greedy", "sampled") for which in ("held-out", "all")]
     assert [(row["checkpoint"], row["mode"], row["targets"]) for row in rows] == [

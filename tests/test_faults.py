@@ -62,7 +62,6 @@ def earlier(monkeypatch, tmp_path):
 
 
 def assert_whole(earlier):
-    """Nothing unfinished lies about; the checkpoint is the earlier one or a new one."""
     assert not [name for name in os.listdir() if name.endswith(".part")]
     assert open(OUT, "rb").read() == earlier or Transformer.load(OUT)
 

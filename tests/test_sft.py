@@ -93,8 +93,7 @@ def test_a_model_that_is_the_rule_has_no_excess_and_a_guesser_has_its_divergence
     assert sft.excess_nats(guesser, targets, rng(1), 70) == pytest.approx(expected)
 
 
-def train(world=World(), seed=0, steps=5):
-    """Weights, of all ranks, and losses; batches of 200 lines make several shards."""
+def train(world=World(), seed=0, steps=5):  # batches of 200 lines make several shards
     model, batches = model_of_the_task(seed), (random_batch(seed + i, 200) for i in range(steps))
     losses = list(sft.train(model, batches, steps, 1e-2, world))
     mine = np.arange(world.world_size)[:, None] == world.rank

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 import data
 import sft
 from helpers import flip, log_softmax, read_only_gradients, seeds, tape, tiny_model
-from tinygrad_lite import Tensor, functional as F, no_grad
+from tinygrad_lite import Tensor, functional as F
 from transformer import Config, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # on odd headers, overflow, duplicate names

@@ -95,8 +95,7 @@ def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
             targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
             pairs = judged_pairs(policy, targets, n_answers, prefer, rng)
         if i % fresh_every % n_rounds == 0:
-            rng.shuffle(pairs)
-            parts = np.array_split(pairs, n_rounds)
+            parts = np.array_split(rng.permutation(pairs), n_rounds)
         yield parts[i % fresh_every % n_rounds]
 
 

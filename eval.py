@@ -185,7 +185,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     models = {str(path): load(path) for path in arguments.checkpoints}
     if arguments.tokens:
-        rows, text = credits(*map(load, arguments.checkpoints), arguments)
+        rows, text = credits(*(models[str(path)] for path in arguments.checkpoints), arguments)
     elif arguments.prompt is None:
         rows = evaluate(models, arguments.seed, arguments.prefer, arguments.samples or ANSWERS,
                         arguments.temperature)

@@ -118,10 +118,10 @@ def parse_arguments(argv):
 def main(argv=None):
     """Train from scratch; write checkpoint, log and picture; print metrics and some answers."""
     arguments = parse_arguments(argv)
-    out = arguments.out
-    log, picture = cli.outputs(out, ".json", "-loss.png")
     config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                     arguments.d_hidden, data.MAX_LEN)
+    out = arguments.out
+    log, picture = cli.outputs(out, ".json", "-loss.png")
     model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
 
     model.save(out)

@@ -131,7 +131,8 @@ class Transformer:
             stops[going[writes & (new == end)]] = column + 1
             stay = stops[going] > column + 1
             if not stay.all():  # finished rows leave the batch
-                going, keys, values = going[stay], keys[..., stay], values[..., stay]
+                going = going[stay]  # `compress`: indexing doubles the time of 1,024 rows
+                keys, values = keys.compress(stay, axis=-1), values.compress(stay, axis=-1)
             if not going.size:
                 break
         return [row[start:stop].tolist() for row, start, stop in zip(text, starts, stops)]

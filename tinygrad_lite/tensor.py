@@ -162,6 +162,8 @@ def _array(data, dtype=None):
 def _op(out, parents, backward):
     """An op's Tensor. Broadcasting copies a parent over new or longer axes; gradients add up."""
     def sum_to(shape, grad):
+        if grad.shape == shape:
+            return grad
         padded = (1,) * (grad.ndim - len(shape)) + shape
         axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, padded)) if n != m)
         return (grad.sum(axis=axes) if axes else grad).reshape(shape)

@@ -3,6 +3,8 @@
 Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
 positions, D features, H heads of width d, V tokens. In derivations g = dL/d(result), L the loss.
 """
+from functools import lru_cache
+
 import numpy as np
 
 from .tensor import Tensor
@@ -78,8 +80,7 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
     v = heads[2].swapaxes(1, 2)
     scores, rows = _scores(k, q)  # S, which becomes E
-    future = np.tril(np.full((length, length), -np.inf, qkv.dtype), -1)  # (T keys, T queries)
-    rows += np.tile(future, n_heads * batch)
+    rows += np.tile(_future(length, qkv.dtype), n_heads * batch)
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
     total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
@@ -110,7 +111,7 @@ def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
     if qkv.requires_grad:
         raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
     heads = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (3, H, d, B)
-    cos, sin = _rotation(heads.shape[2], [position], rope_base, qkv.dtype)
+    cos, sin = _rotation(heads.shape[2], (position,), rope_base, qkv.dtype)
     q, keys[position] = _rotate(heads[:2], cos, sin)
     values[position] = heads[2]
     # All lines and heads in one einsum; products of matrices would be one call for each.
@@ -130,6 +131,13 @@ def _scores(k, q):
     return np.matmul(k.mT, q, out=scores), rows
 
 
+@lru_cache(maxsize=32)  # it and the next: made anew in every layer, they would take 4 % of a step
+def _future(length, dtype):
+    """-inf where a key comes after the query, else 0: (T keys, T queries)."""
+    return np.tril(np.full((length, length), -np.inf, dtype), -1)
+
+
+@lru_cache(maxsize=32)
 def _rotation(d, positions, base, dtype):
     """cos and sin, over d^(1/4), of the angles t base^(-2i / d) at positions t: (2, d/2, T)."""
     angles = np.outer(base ** (-np.arange(0, d, 2) / d), positions)
@@ -140,4 +148,7 @@ def _rotate(x, cos, sin):
     """Halves (a, b) of a head, of q or k, become (a cos - b sin, b cos + a sin): (2, H, d, ...)."""
     halves = x.reshape(2, x.shape[1], 2, len(cos), -1)
     a, b = halves[:, :, 0], halves[:, :, 1]  # (2, H, d/2, N)
-    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(x.shape)
+    out = np.empty_like(halves)
+    np.subtract(a * cos, b * sin, out=out[:, :, 0])
+    np.add(b * cos, a * sin, out=out[:, :, 1])
+    return out.reshape(x.shape)

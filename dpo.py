@@ -43,7 +43,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
 
 def pair_logps(model, pairs):
     """log p(completion | prompt) of chosen and rejected lines: ids (P, 2, T) -> (P,) each."""
-    logps = completion_logps(model, pairs.reshape(-1, pairs.shape[-1]))  # chosen, rejected, ...
+    lines = pairs.reshape(-1, pairs.shape[-1])  # (2P, T): chosen, rejected, chosen, ...
+    logps = completion_logps(model, lines)
     return logps[::2], logps[1::2]
 
 
@@ -58,12 +59,18 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
         chosen, rejected, chosen - rejected, chosen > rejected, policy_chosen, policy_rejected)]
 
 
-def loss_and_log(policy, reference, pairs, beta):
-    """dpo_loss of pairs, ids (P, 2, T), and the numbers that a run logs, in the order of LOGGED."""
+def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
+    """dpo_loss of pairs, ids (P, 2, T), and the numbers that a run logs, in the order of LOGGED.
+
+    With sft_weight > 0, plus the SFT loss of the chosen answers (Pang et al. 2024, Eq. 1).
+    """
     policy_logps = pair_logps(policy, pairs)
     with no_grad():
         reference_logps = pair_logps(reference, pairs)
     loss = dpo_loss(*policy_logps, *reference_logps, beta)
+    if sft_weight:
+        n_tokens = data.completion_mask(pairs[:, 0]).sum(axis=1)  # (P,)
+        loss = loss - sft_weight * (policy_logps[0] / n_tokens).mean()
     arrays = (logps.numpy() for logps in (*policy_logps, *reference_logps))
     return loss, np.array([loss.item(), *rewards(*arrays, beta)])
 
@@ -115,7 +122,7 @@ def rule_rounds(n_pairs, prefer, rng):
 
 # Training.
 
-def train(policy, reference, source, rounds, beta, lr, world=World()):
+def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight=0.0):
     """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
     which every process has its own. Trains `policy` in place; `reference` is only read.
 
@@ -137,7 +144,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World()):
             continue
         empty, log = 0, np.zeros(len(LOGGED))
         for shard in data.by_length(pairs, SHARD // 2):
-            loss, shard_log = loss_and_log(policy, reference, shard, beta)
+            loss, shard_log = loss_and_log(policy, reference, shard, beta, sft_weight)
             weight = len(shard) / n_pairs
             loss = loss * weight
             loss.backward()
@@ -175,7 +182,7 @@ def train_policy(world, arguments):
     n_prompts = len(world.share(range(arguments.prompts)))  # of this process
     source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
               sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
-                             fresh_every=1 if arguments.pairs == "online" else rounds))
+                             arguments.fresh_every if arguments.pairs == "online" else rounds))
     history, progress = [], cli.Progress(rounds, "round")
     if world.rank == 0:
         first = next(source)
@@ -186,7 +193,8 @@ def train_policy(world, arguments):
                                 np.random.default_rng(0))[:200]
         history.append({"round": 0, "pairs": 0,
                         **measure(policy, reference, held_out, beta, prefer)})
-    for row in train(policy, reference, source, rounds, beta, arguments.lr, world):
+    for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
+                     arguments.sft_weight):
         if world.rank > 0:
             continue
         if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
@@ -207,6 +215,10 @@ def parse_arguments(argv):
     add("--pairs", choices=["online", "once", "rule"], default="online",
         help="the policy's own answers, judged, sampled afresh for every round; answers sampled "
              "once, from the SFT model; or right sums made by rule")
+    add("--fresh-every", type=cli.whole(1), default=1, metavar="ROUNDS",
+        help="online: rounds that share the answers they train on")
+    add("--sft-weight", type=cli.positive, default=0.0,
+        help="how much of the SFT loss of the chosen answers to add")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1800, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")

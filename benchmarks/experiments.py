@@ -1,16 +1,21 @@
 """The experiments behind the README's tables and pictures, each from the commands a reader types.
 
-    python benchmarks/experiments.py seeds     five seeds of SFT and DPO, the demo's recipe beside
-    python benchmarks/experiments.py lesson    assets/lesson.png: three sources of pairs, two seeds
-    python benchmarks/experiments.py beta      assets/beta.png: what beta buys, and what it costs
+    python benchmarks/experiments.py seeds        five seeds, the demo's recipe beside
+    python benchmarks/experiments.py lesson       assets/lesson.png: three sources of pairs
+    python benchmarks/experiments.py beta         assets/beta.png: what beta buys, what it costs
+    python benchmarks/experiments.py laboratory   the tables of LABORATORY.md, two seeds of each run
 
-Each run takes one to two minutes on two cores. What is in runs/experiments/ is not made again, so
-`lesson` and `beta` start from the models of `seeds`.
+Each run takes up to two minutes on two cores. What is in runs/experiments/ is not made again, so
+all start from the SFT models of `seeds`.
 """
 import argparse
 import json
+import math
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,29 +28,68 @@ from tinygrad_lite import no_grad  # noqa: E402
 import numpy as np  # noqa: E402
 
 RUNS = ROOT / "runs" / "experiments"
-DEMO = ["--pairs", "rule", "--rounds", "200", "--lr", "1e-4", "--prompts", "192"]  # its recipe
+DEMO = "--pairs rule --rounds 200 --lr 1e-4 --prompts 192"  # its recipe
 SOURCES = {"rule": "right sums made by rule", "once": "own answers, sampled once",
            "online": "own answers, sampled afresh"}
-BETAS = [0.1, 0.3, 0.8, 3.0]
+BETAS = [0.05, 0.1, 0.3, 0.8, 3.0]
+CHANGES = {  # of a line of dpo.py, which some runs of the laboratory make: old, new
+    "mean": ("logps = completion_logps(model, lines)",
+             "logps = completion_logps(model, lines) / data.completion_mask(lines).sum(axis=1)"),
+    "no clip": ("clip_grad_norm(parameters, 1.0)", "pass"),
+    "divisor": ("loss = loss * weight", "loss = loss * (len(shard) / 384)")}
+LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
+    "Where do pairs come from?": (
+        ["loss", "accuracy", "chosen", "rejected", "both", "exact"],
+        ["--pairs rule", "--pairs once", "--fresh-every 100", "--fresh-every 10", ""]),
+    "Which rate?": (
+        ["highest loss", "lowest accuracy", "negative margins", "both", "exact"],
+        ["--lr 7e-4 --prompts 192 --rounds 300", "--lr 7e-4 --prompts 192 --rounds 300, no clip",
+         "--lr 7e-4 --prompts 192 --rounds 300, divisor", "--prompts 192 --rounds 300"]),
+    "Sum or mean?": (
+        ["margin", "terms", "both", "exact", "divergence"],
+        [f"{pairs}--rounds 500{rest}" for pairs in ("--pairs once ", "")
+         for rest in ("", ", mean", " --beta 6.4, mean")]),
+    "Does an SFT term help?": (
+        ["chosen", "rejected", "both", "exact", "divergence"],
+        [f"--pairs {pairs} --rounds 500{rest}" for pairs in ("rule", "once")
+         for rest in ("", " --sft-weight 0.1", " --sft-weight 1", " --sft-weight 10")]),
+    "Which beta?": (
+        ["margin", "both", "exact", "divergence", "nine in ten"],
+        [f"--beta {value:g}" if value != 0.8 else "" for value in BETAS])}
 
 
-def run(program, name, *flags):
+def run(program, name, flags, change=None):
     """The facts of a training run, trained unless they are there."""
     out = RUNS / f"{name}.npz"
     if not out.with_suffix(".json").exists():
-        print(f"training {name}: {program}.py {' '.join(flags)}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, ROOT / f"{program}.py", "--out", out, *flags], cwd=ROOT,
-                       check=True, stdout=subprocess.DEVNULL)
+        print(f"training {name}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for path in [*ROOT.glob("*.py"), *ROOT.glob("tinygrad_lite/*.py")]:
+                copy = Path(folder, path.relative_to(ROOT))
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
+            if change:
+                old, new = CHANGES[change]
+                script = Path(folder, "dpo.py")
+                script.write_text(script.read_text().replace(old, new))
+            subprocess.run([sys.executable, f"{program}.py", "--out", out, *flags.split()],
+                           cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return json.loads(out.with_suffix(".json").read_text())
 
 
 def sft(seed):
-    run("sft", f"sft{seed}", "--seed", str(seed))
+    run("sft", f"sft{seed}", f"--seed {seed}")
     return RUNS / f"sft{seed}.npz"
 
 
-def dpo(seed, name, *flags):
-    return run("dpo", f"{name}{seed}", "--seed", str(seed), "--sft", str(sft(seed)), *flags)
+def name_of(seed, flags):
+    return "-".join(["dpo", *re.findall(r"[\w.]+", flags), f"seed{seed}"])
+
+
+def dpo(seed, flags=""):
+    """The facts of a run of dpo.py; `flags` may end with a comma and one of CHANGES."""
+    options, _, change = flags.partition(", ")
+    return run("dpo", name_of(seed, flags), f"--seed {seed} --sft {sft(seed)} {options}", change)
 
 
 def metrics(name, mode="sampled", targets="held-out"):
@@ -60,6 +104,12 @@ def metrics(name, mode="sampled", targets="held-out"):
     return row
 
 
+def means(facts, name, window):
+    """A number of a run's log: means over `window` rounds in a row."""
+    values = [row[name] for row in facts["history"] if row["pairs"]]
+    return np.convolve(values, np.ones(window) / window, "valid")
+
+
 def spread(values, digits=3):
     return (f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f} to "
             f"{max(values):.{digits}f})")
@@ -67,28 +117,27 @@ def spread(values, digits=3):
 
 def seeds(n_seeds):
     """The table of means and ranges over seeds, and what each run's curves did at worst."""
-    kinds = {"SFT": "sft", "DPO": "dpo", "DPO, the demo's recipe": "demo"}
+    kinds = {"SFT": lambda seed: sft(seed).stem, "DPO": lambda seed: name_of(seed, ""),
+             "DPO, the demo's recipe": lambda seed: name_of(seed, DEMO)}
     for seed in range(n_seeds):
-        dpo(seed, "dpo")
-        dpo(seed, "demo", *DEMO)
+        dpo(seed)
+        dpo(seed, DEMO)
     keys = {"both": 3, "exact": 3, "preferred": 3, "mean_abs_error": 2}
     for mode, targets in (("sampled", "held-out"), ("greedy", "all")):
         print(f"\n| {mode}, {targets} targets | right and preferred | right sum | preferred | mean "
               f"error |\n|---|---|---|---|---|")
         for title, name in kinds.items():
-            rows = [metrics(f"{name}{seed}", mode, targets) for seed in range(n_seeds)]
+            rows = [metrics(name(seed), mode, targets) for seed in range(n_seeds)]
             cells = [spread([row[key] for row in rows], digits) for key, digits in keys.items()]
             print(f"| {title} | " + " | ".join(cells) + " |")
     print("\nseed  seconds SFT, DPO   loss of 50 rounds: highest, last   accuracy: lowest, last   "
           "held-out loss, accuracy: last   drop")
     for seed in range(n_seeds):
-        facts = dpo(seed, "dpo")
-        rows = [row for row in facts["history"] if row["pairs"]]
-        loss, accuracy = (np.convolve([row[name] for row in rows], np.ones(50) / 50, "valid")
-                          for name in ("loss", "rewards/accuracies"))
+        facts = dpo(seed)
+        loss, accuracy = (means(facts, name, 50) for name in ("loss", "rewards/accuracies"))
         measured = [row for row in facts["history"] if "shares" in row]
         both = np.array([row["shares"]["right, preferred"] for row in measured])
-        print(f"{seed:4}  {run('sft', f'sft{seed}')['seconds']:7.0f}, {facts['seconds']:3.0f}"
+        print(f"{seed:4}  {run('sft', f'sft{seed}', '')['seconds']:7.0f}, {facts['seconds']:3.0f}"
               f"{loss.max():21.2f}, {loss[-1]:.2f}{accuracy.min():26.2f}, {accuracy[-1]:.2f}"
               f"{measured[-1]['eval_loss']:25.2f}, {measured[-1]['eval_rewards/accuracies']:.2f}"
               f"{(np.maximum.accumulate(both) - both).max():15.2f}")
@@ -99,11 +148,11 @@ def lesson(n_seeds=2):
     histories = {}
     for seed in range(n_seeds):
         for source in SOURCES:
-            name = "dpo" if source == "online" else source
-            history = dpo(seed, name, "--pairs", source)["history"]
+            flags = "" if source == "online" else f"--pairs {source}"
+            history = dpo(seed, flags)["history"]
             histories.setdefault(source, history)  # the picture shows seed 0
             last = [log for log in history if log["pairs"]][-1]
-            row = metrics(f"{name}{seed}")
+            row = metrics(name_of(seed, flags))
             print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  rewards {rewards/chosen:+.1f} "
                   "{rewards/rejected:+.1f}  accuracy {rewards/accuracies:.2f}".format(**last),
                   " both {both:.3f}  exact {exact:.3f}  preferred {preferred:.3f}".format(**row))
@@ -127,19 +176,48 @@ def divergence(policy, reference):
     return float((logps - reference_logps).mean())
 
 
+def numbers(seed, flags):
+    """What the laboratory's tables show of a run. Answers: 50 to each held-out target."""
+    facts = dpo(seed, flags)
+    history, row = facts["history"], facts["metrics"][-2]  # DPO, sampled, held-out
+    logs = {name: means(facts, key, 50) for name, key in
+            (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("chosen", "rewards/chosen"),
+             ("rejected", "rewards/rejected"), ("margin", "rewards/margins"))}
+    nine = [log["round"] for log in history
+            if log.get("shares", {}).get("right, preferred", 0) >= 0.9]
+    terms = {int(k): n for k, n in row["counts"].items()}
+    return {**{name: values[-1] for name, values in logs.items()}, **row,
+            "highest loss": max(log["loss"] for log in history if log["pairs"]),
+            "lowest accuracy": logs["accuracy"].min(),
+            "negative margins": np.mean(means(facts, "rewards/margins", 1) < 0),
+            "terms": sum(k * n for k, n in terms.items()) / max(1, sum(terms.values())),
+            "divergence": divergence(evaluation.load(RUNS / f"{name_of(seed, flags)}.npz"),
+                                     evaluation.load(sft(seed))),
+            "nine in ten": nine[0] if nine else math.nan}
+
+
+def laboratory(n_seeds=2):
+    """The tables of LABORATORY.md; a cell holds a number for each seed."""
+    for title, (columns, runs) in LABORATORY.items():
+        print(f"\n{title}\n\n| dpo.py | " + " | ".join(columns) + " |\n" + "|---" * len(columns),
+              end="|---|\n")
+        for flags in runs:
+            rows = [numbers(seed, flags) for seed in range(n_seeds)]
+            cells = [", ".join(f"{row[name]:.{0 if name == 'nine in ten' else 2}f}"
+                               for row in rows) for name in columns]
+            print(f"| `{flags or '(defaults)'}` | " + " | ".join(cells) + " |", flush=True)
+
+
 def beta():
-    """A sweep of beta: the gain, its cost in divergence, and the rounds to nine in ten."""
+    """A sweep of beta: the gain, and its cost in divergence."""
     points = []
     for value in BETAS:
-        name = "dpo" if value == 0.8 else f"beta{value:g}-"
-        history = dpo(0, name, "--beta", str(value))["history"]
-        row = metrics(f"{name}0")
-        rounds = [log["round"] for log in history
-                  if log.get("shares", {}).get("right, preferred", 0) >= 0.9]
-        points.append((value, row["both"], row["exact"], row["preferred"], divergence(
-            *(evaluation.load(path) for path in (RUNS / f"{name}0.npz", sft(0))))))
+        flags = "" if value == 0.8 else f"--beta {value:g}"
+        nats = numbers(0, flags)["divergence"]
+        row = metrics(name_of(0, flags))
+        points.append((value, row["both"], row["exact"], row["preferred"], nats))
         print("beta {:<5g} both {:.3f}  exact {:.3f}  preferred {:.3f}  divergence {:.2f} nats"
-              .format(*points[-1]), f" 0.9 after round {rounds[0] if rounds else '-'}")
+              .format(*points[-1]))
     betas, both, exact, preferred, nats = zip(*points)
     figure, (gain, cost) = plots.axes(1, 2, size=(11, 4), sharex=True)
     for name, values, colour in (("right and preferred", both, plots.GREEN),
@@ -159,12 +237,12 @@ def beta():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["seeds", "lesson", "beta"])
+    parser.add_argument("experiment", choices=["seeds", "lesson", "beta", "laboratory"])
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default: 5)")
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    {"seeds": lambda: seeds(arguments.seeds), "lesson": lesson, "beta": beta
-     }[arguments.experiment]()
+    {"seeds": lambda: seeds(arguments.seeds), "lesson": lesson, "beta": beta,
+     "laboratory": laboratory}[arguments.experiment]()
 
 
 if __name__ == "__main__":

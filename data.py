@@ -1,4 +1,5 @@
 """The task: lines such as `100=10+70+20`, as text and as token ids, and what an answer is worth."""
+import itertools
 import random
 import re
 from typing import NamedTuple
@@ -21,9 +22,10 @@ TRAINING = [target for target in TARGETS if target not in HELD_OUT]
 
 def encode(text):
     """The ids of text's characters, without an end token. Raises ValueError for any other."""
-    if unknown := set(text) - set(VOCAB):
-        raise ValueError(f"not in the vocabulary: {' '.join(sorted(map(repr, unknown)))}")
-    return [IDS[character] for character in text]
+    try:
+        return [IDS[character] for character in text]
+    except KeyError as error:
+        raise ValueError(f"{error} is not in the vocabulary") from None
 
 
 def decode(ids):
@@ -97,9 +99,9 @@ def random_line(target, count, rng):
     A way to split n into k ordered terms is a choice of k - 1 distinct cuts among 1 ... n - 1.
     `rng` is a random.Random: for single numbers NumPy's Generator is several times slower.
     """
-    cuts = sorted(rng.sample(range(1, target), count - 1))
-    terms = [end - start for start, end in zip([0, *cuts], [*cuts, target])]
-    return encode(f"{target}=" + "+".join(map(str, terms))) + [END]
+    cuts = [0, *sorted(rng.sample(range(1, target), count - 1)), target]
+    terms = [str(end - start) for start, end in itertools.pairwise(cuts)]
+    return encode(f"{target}={'+'.join(terms)}") + [END]
 
 
 def random_lines(n, rng, targets=TRAINING):
@@ -108,7 +110,8 @@ def random_lines(n, rng, targets=TRAINING):
     `rng` is a NumPy Generator.
     """
     rng = random.Random(int(rng.integers(2 ** 63)))
-    return pad([random_line(rng.choice(targets), rng.choice(COUNTS), rng) for _ in range(n)])
+    return pad([random_line(target, count, rng) for target, count in
+                zip(rng.choices(targets, k=n), rng.choices(COUNTS, k=n))])
 
 
 # Batches.

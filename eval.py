@@ -11,7 +11,7 @@ import cli
 import data
 from transformer import Transformer
 
-CHUNK = 256  # prompts decoded together: more leave the processor's cache
+CHUNK = 512  # prompts decoded together: more leave the processor's cache
 ANSWERS = 50  # sampled for each target
 EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
 

@@ -1,4 +1,5 @@
 """SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
+import itertools
 import math
 
 import tinygrad_lite.functional as F
@@ -11,7 +12,6 @@ import eval as evaluation
 from transformer import Config, Transformer
 
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
-POOL = 500_000  # different lines to train on; making new ones for each step would take 15 % of it
 
 
 # The objective.
@@ -78,18 +78,11 @@ def train(model, batches, steps, lr, world=World()):
         yield batch_loss
 
 
-def random_batches(size, rng):
-    """Batches of lines (size, T), drawn from POOL lines that are made before the first."""
-    lines = data.random_lines(POOL, rng)
-    while True:
-        yield lines[rng.integers(0, POOL, size)]
-
-
 def train_new_model(world, config, arguments):
     """What every process runs: a new model, trained. Returns it, the losses and the seconds."""
     model, losses = Transformer(config, arguments.seed), []
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
-    batches = random_batches(arguments.batch_size, rng)
+    batches = (data.random_lines(arguments.batch_size, rng) for _ in itertools.count())
     progress = cli.Progress(arguments.steps, "step")
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
@@ -109,7 +102,7 @@ def parse_arguments(argv):
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")
     add("--n-layers", type=cli.whole(1), default=3, help="number of blocks")
-    add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
+    add("--n-heads", type=cli.whole(1), default=8, help="attention heads of each block")
     add("--d-hidden", type=cli.whole(1), default=64, help="hidden width of the MLP")
     cli.add_training_flags(parser, "runs/sft.npz")
     return parser.parse_args(argv)

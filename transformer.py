@@ -18,7 +18,7 @@ class Config:
     vocab_size: int
     d_model: int = 32
     n_layers: int = 3
-    n_heads: int = 4
+    n_heads: int = 8
     d_hidden: int = 64
     max_len: int = 24  # tokens of a line; for the record, rotary positions do not need it
 

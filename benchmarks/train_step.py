@@ -9,10 +9,12 @@ step on donated buffers. `products` are the step's matrix products alone, in the
 `real_sorted` is sft.train itself, on lines of the task, which are shorter.
 """
 import argparse
+import itertools
 from functools import partial
 
 from common import CORES, SIZES, VOCABULARY, new_model, new_parser, run, time_calls
 from cli import whole
+import data
 from tinygrad_lite import Adam, clip_grad_norm, functional as F
 import numpy as np
 import sft
@@ -47,7 +49,8 @@ def numpy_step(world, size, threads):
 
 
 def real_step(world, size, threads):
-    batches = sft.random_batches(size.lines, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    batches = (data.random_lines(size.lines, rng) for _ in itertools.count())
     return partial(next, sft.train(new_model(size), batches, 10 ** 6, LEARNING_RATE, world))
 
 

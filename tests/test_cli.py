@@ -32,7 +32,6 @@ def save_model(path, vocab_size=len(data.VOCAB), seed=0):
 def small(monkeypatch, tmp_path):
     """Programs that take no second and draw nothing, in a folder with a checkpoint and a result."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sft, "POOL", 300)
     monkeypatch.setattr(sft, "excess_nats", lambda *_: 0.0)
     monkeypatch.setattr(data, "HELD_OUT", [52, 96])
     monkeypatch.setattr(plots.Figure, "savefig", lambda *_, **__: None)

@@ -9,11 +9,11 @@ from test_sft import weights
 from transformer import Config, Transformer
 
 
-def test_sft_learns_the_task_and_dpo_to_prefer_two_terms(tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "POOL", 20_000)
+def test_sft_learns_the_task_and_dpo_to_prefer_two_terms(tmp_path):
     model = Transformer(Config(len(data.VOCAB), 32, 2, 2, 64, data.MAX_LEN))
     rng = np.random.default_rng(0)
-    losses = list(sft.train(model, sft.random_batches(64, rng), 300, 1e-2))
+    batches = (data.random_lines(64, rng) for _ in range(300))
+    losses = list(sft.train(model, batches, 300, 1e-2))
     # Who knows no more than how often each token follows each other one pays 1.77 nats a token.
     assert np.mean(losses[-20:]) < 1.6 < 1.77 < losses[0]
     model.save(tmp_path / "sft.npz")

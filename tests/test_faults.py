@@ -18,7 +18,7 @@ SCRIPT = """
 import multiprocessing, os, resource, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import tinygrad_lite, cli, data, dpo, eval as evaluation, numpy, sft, transformer
-sft.POOL, sft.excess_nats, data.HELD_OUT = 300, lambda *_: 0.0, [52, 96]
+sft.excess_nats, data.HELD_OUT = lambda *_: 0.0, [52, 96]
 evaluation.evaluate.__defaults__ = 0, 3, 1, 1.0
 def before(module, name, action):
     function = getattr(module, name)

@@ -11,14 +11,15 @@ import pytest
 
 from helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
+README, LABORATORY = ((ROOT / page).read_text() for page in ("README.md", "LABORATORY.md"))
 PAGES = [path for path in ROOT.rglob("*.md") if not {".venv", "runs"} & set(path.parts)]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
 
 
-def test_examples_print_what_they_say():
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert result.attempted >= 15 and result.failed == 0
+@pytest.mark.parametrize("page, n", [("README.md", 15), ("LABORATORY.md", 5)])
+def test_examples_print_what_they_say(page, n):
+    result = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert result.attempted >= n and result.failed == 0
 
 
 def commands(page):
@@ -76,11 +77,40 @@ def test_every_exercise_has_an_answer_that_fits_the_source():
         assert command.startswith("python dpo.py")
 
 
+@pytest.fixture
+def experiments(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import experiments
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    return experiments
+
+
+def test_the_laboratory_shows_the_changes_and_the_runs_that_it_makes(experiments):
+    for old, new in experiments.CHANGES.values():
+        assert (ROOT / "dpo.py").read_text().count(old) == 1 <= LABORATORY.count(f"`{old}`")
+        assert new == "pass" or f"`{new}`" in LABORATORY
+    for columns, runs in experiments.LABORATORY.values():
+        assert "| dpo.py | " + " | ".join(columns) + " |" in LABORATORY
+        for flags in runs:
+            assert f"| `{flags or '(defaults)'}` | " in LABORATORY
+
+
+@pytest.mark.slow
+def test_the_laboratory_runs(experiments, monkeypatch, tmp_path, capsys):
+    experiments.run("sft", "sft0", "--steps 1500")
+    start = experiments.run
+    monkeypatch.setattr(experiments, "run", lambda program, name, flags, change=None: start(
+        program, name, flags + " --rounds 3 --prompts 8 --answers 4", change))
+    experiments.laboratory(1)
+    rows = re.findall(r"^\| `.*\|$", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == sum(len(runs) for _, runs in experiments.LABORATORY.values())
+
+
 @pytest.mark.slow
 def test_every_command_and_exercise_runs(tmp_path):
     copy_of_the_project(tmp_path)
     run(tmp_path, "python dpo.py")
-    for program, flags in commands(README):
+    for program, flags in dict.fromkeys(commands(README) + commands(LABORATORY)):
         if not program.startswith("benchmarks"):
             run(tmp_path, f"python {program} {flags}")
     for program in ("benchmarks/train_step.py", "benchmarks/sample.py",

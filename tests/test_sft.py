@@ -117,11 +117,3 @@ def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nothing(monkeypat
     losses = list(sft.train(model_of_the_task(), [random_batch(0, 2)] * 30, 20, 0.6))
     assert np.allclose(rates[:3], [0.2, 0.4, 0.6]) and len(rates) == len(losses) == 20
     assert rates[-1] < 0.01 and (np.diff(rates[3:]) < 0).all()
-
-
-def test_batches_are_drawn_anew_from_one_pool(monkeypatch):
-    monkeypatch.setattr(sft, "POOL", 300)
-    batches = sft.random_batches(200, np.random.default_rng(0))
-    drawn = [next(batches).tolist() for _ in range(5)]
-    assert drawn[0] != drawn[1] and {len(batch) for batch in drawn} == {200}
-    assert len({tuple(line) for batch in drawn for line in batch}) <= 300

@@ -1,7 +1,8 @@
 """The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
 Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
-positions, D features, H heads of width d, V tokens. In derivations g = dL/d(result), L the loss.
+positions, D features, H heads of width d, F hidden features, V tokens in the vocabulary. In
+derivations g = dL/d(result), L the loss.
 """
 from functools import lru_cache
 
@@ -24,7 +25,7 @@ def rms_norm(x, eps=1e-6):
         return np.einsum("dn,dn->n", a, b) / len(a)  # of a * b, which is never formed: (N,)
     rms = np.sqrt(mean(x.data, x.data) + eps)
     y = x.data / rms
-    # As d rms / dx_j = x_j / (D rms), dy_i / dx_j = (delta_ij - y_i y_j / D) / rms: sum over i.
+    # d rms / dx_j = x_j / (D rms), so dy_i / dx_j = (delta_ij - y_i y_j / D) / rms; times g_i, sum.
     return Tensor(y, parents=(x,), backward=lambda grad: ((grad - y * mean(grad, y)) / rms,))
 
 
@@ -41,9 +42,9 @@ def swiglu(gate_up):
 
 def log_sigmoid(x):
     """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, no overflow for any x."""
-    softplus = np.log1p(np.exp(-np.abs(x.data)))  # the same for x and -x
-    return Tensor(np.minimum(x.data, 0) - softplus, parents=(x,), backward=lambda grad: (
-        grad * np.exp(np.minimum(-x.data, 0) - softplus),))  # g sigmoid(-x)
+    tail = np.log1p(np.exp(-np.abs(x.data)))  # log(1 + exp(-|x|)), the same for x and -x
+    return Tensor(np.minimum(x.data, 0) - tail, parents=(x,), backward=lambda grad: (
+        grad * np.exp(np.minimum(-x.data, 0) - tail),))  # g sigmoid(-x) = g exp(log_sigmoid(-x))
 
 
 def token_log_probs(logits, targets):
@@ -67,19 +68,25 @@ def token_log_probs(logits, targets):
 
 def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     """Rotary causal attention: (3D, N) = [q; k; v], heads one below the other in each -> (D, N).
-    Vaswani et al. 2017, Eq. 1, with R_t the rotation of position t (Su et al. 2021, Eq. 34, but
-    feature i turns with i + d / 2, as in Llama). For one head and line, Q = (R_i q_i) / d^(1/4),
-    K = (R_j k_j) / d^(1/4) and V are (d, T); j is a key, i a query, `*` elementwise:
-        S = K^T Q, -inf where j > i    E = exp(S - max)    s_i = sum_j E_ji    O = V E / s
-    The softmax P = E / s is never formed: E has T rows, O only d. Backward, with G = (dL/dO) / s,
+
+    Each position averages the values v of itself and those before it, by a softmax of q . k
+    (Vaswani et al. 2017, Eq. 1, transposed: positions are columns). R_t turns features f and
+    f + d/2 of a head by the angle t base^(-2f / d), t = 0 ... T - 1 (Su et al. 2021, Eq. 34, in
+    Llama's order). For one head and line V is (d, T), like Q = (R_i q_i) / d^(1/4) and
+    K = (R_j k_j) / d^(1/4): so K^T Q has Eq. 1's 1 / sqrt(d). i is a query, a column; j is a key;
+    s, c and G . O hold a number for each query; `*` is elementwise.
+        S = K^T Q, -inf where j > i   E_ji = exp(S_ji - max_j S_ji)   s_i = sum_j E_ji   O = V E / s
+    The softmax P = E / s is never formed: E has T rows, O only d. Backward, with G = (dL/dO) / s:
         dL/dV = G E^T    dL/dQ = K dL/dS    dL/dK = Q dL/dS^T    dL/dP = s V^T G
-        dL/dS = P * (dL/dP - c) = E * (V^T G - G . O),  c_i = sum_j P_ji dL/dP_ji = s_i G_i . O_i"""
+    and as dP_ji / dS_ki = P_ji (delta_jk - P_ki) and O_i = sum_j P_ji V_j,
+        dL/dS = P * (dL/dP - c) = E * (V^T G - G . O),  c_i = sum_j P_ji dL/dP_ji = s_i G_i . O_i
+        dL/dq_i = R_i^T (dL/dQ)_i / d^(1/4), likewise for k."""
     length = qkv.shape[1] // batch  # T
     heads = qkv.data.reshape(3, n_heads, -1, batch, length)  # (3, H, d, B, T)
     cos, sin = np.tile(_rotation(heads.shape[2], range(length), rope_base, qkv.dtype), batch)
     q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
     v = heads[2].swapaxes(1, 2)
-    scores, rows = _scores(k, q)  # S, which becomes E
+    scores, rows = _products(k, q)  # one array, twice: S, then E
     rows += np.tile(_future(length, qkv.dtype), n_heads * batch)
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
@@ -91,15 +98,15 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     def backward(grad):
         grad = grad.reshape(out.shape) / total  # G
         dot, grad = np.einsum("hdbt,hdbt->hbt", grad, out), grad.swapaxes(1, 2)
-        grad_scores, grad_rows = _scores(v, grad)
+        grad_scores, grad_rows = _products(v, grad)  # one array: V^T G, then dL/dS
         grad_rows -= dot.ravel()
-        grad_rows *= rows  # dL/dS
+        grad_rows *= rows
         grad_heads = np.empty_like(heads)
         grad_q, grad_k, grad_v = grad_heads.swapaxes(2, 3)  # (H, B, d, T)
         np.matmul(k, grad_scores, out=grad_q)
         np.matmul(q, grad_scores.mT, out=grad_k)
         np.matmul(grad, scores.mT, out=grad_v)
-        grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)  # R^T = R^-1
+        grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)  # R^T; both hold 1 / d^(1/4)
         return (grad_heads.reshape(qkv.shape),)
     return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
 
@@ -121,10 +128,10 @@ def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
     return Tensor(out.reshape(-1, qkv.shape[1]))
 
 
-def _scores(k, q):
+def _products(k, q):
     """K^T Q of (H, B, d, T): (H, B, T keys, T queries), and the same memory as (T keys, H B T)."""
-    # Softmax over whole rows saves a fifth of a step. 16 unused numbers keep the rows from lying a
-    # multiple of 4 kB apart, where they would push each other out of the cache: up to a tenth.
+    # One call for all heads and lines, on long rows, saves a fifth of a step. 16 unused numbers
+    # keep rows from lying a multiple of 4 kB apart, where they would push each other out of cache.
     n_heads, batch, _, length = q.shape
     rows = np.empty((length, n_heads * batch * length + 16), q.dtype)[:, :-16]
     scores = rows.reshape(length, n_heads, batch, length).transpose(1, 2, 0, 3)

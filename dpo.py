@@ -16,25 +16,25 @@ from sft import SHARD, completion_logps
 PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-          "logps/chosen", "logps/rejected")  # TRL's names
+          "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
 
 
 # The objective.
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
              reference_chosen_logps, reference_rejected_logps, beta):
-    """- mean over pairs of log sigmoid(beta h): four times (pairs,) -> scalar Tensor.
+    """- mean over pairs of log sigmoid(beta h): four arrays (P,), for P pairs -> scalar Tensor.
 
     Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of prompt x,
         h = log(pi(y_w | x) / pi_ref(y_w | x)) - log(pi(y_l | x) / pi_ref(y_l | x))
     where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
     Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected). The
-    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / pairs = - dL/d(rejected);
-    the reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes.
+    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / P = - dL/d(rejected); the
+    reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes.
     """
     if len({logps.shape for logps in (policy_chosen_logps, policy_rejected_logps,
                                       reference_chosen_logps, reference_rejected_logps)}) > 1:
-        raise ValueError("the four log-probabilities must have one shape, (pairs,)")
+        raise ValueError("the four log-probabilities must have one shape, (P,)")
     policy_log_ratio = policy_chosen_logps - policy_rejected_logps
     reference_log_ratio = reference_chosen_logps - reference_rejected_logps
     h = policy_log_ratio - reference_log_ratio
@@ -94,8 +94,9 @@ def judged_pairs(model, targets, n_answers, prefer, rng):
 
 
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
-    """Judged pairs for one round after the other. Every fresh_every rounds they are drawn anew,
-    from the policy as it is by then, for as many rounds, 50 at most; then they come again."""
+    """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
+    then, answers anew, for min(fresh_every, 50) rounds. If that many have passed and new answers
+    are not due yet, the same pairs are shuffled and used again."""
     n_rounds = min(fresh_every, 50)
     for i in itertools.count():
         if i % fresh_every == 0:

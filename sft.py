@@ -21,7 +21,7 @@ def completion_logps(model, ids):
 
     The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
     """
-    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())  # of the next token
+    token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())  # (B (T - 1),)
     mask = data.completion_mask(ids)[:, 1:]  # (B, T - 1)
     return (token_logps.reshape(*mask.shape) * mask).sum(axis=1)
 
@@ -39,7 +39,7 @@ def excess_nats(model, targets, rng, n=4000):
     """How much less likely the model makes lines of these targets than the rule that makes them, in
     nats a line, mean over n lines: KL(rule || model), 0 for a perfect model.
 
-    The rule draws one of four counts k, then one of C(m - 1, k - 1) splits of the target m.
+    The rule draws one of four counts k, then one of binomial(m - 1, k - 1) splits of the target m.
     """
     excess = 0.0
     for ids in data.by_length(data.random_lines(n, rng, targets), 4 * SHARD):

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ def run(main):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None after `>&-`
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold anything
     np.seterr(all="ignore")  # the loops look at the loss
-    code = 0
+    code, message = 0, ""
     try:
         try:
             main()
@@ -37,20 +38,17 @@ def run(main):
     except BrokenPipeError:  # `| head -1` has read enough
         code = 1
     except UserError as error:
-        code = _fail(error)
+        code, message = 2, str(error)
     except MemoryError:
-        code = _fail("not enough memory; choose smaller sizes")
+        code, message = 2, "not enough memory; choose smaller sizes"
     except OSError as error:
-        code = _fail(f"{error.filename or ''} {error.strerror or error}")
+        code, message = 2, f"{error.filename or ''} {error.strerror or error}"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     if code:  # what could not be printed must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python's own exit would die of it
     sys.exit(code)
-
-
-def _fail(message):
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
 
 
 def _stop(*_):
@@ -66,41 +64,33 @@ def _stop(*_):
     os._exit(130)
 
 
-# Flags.
-
 class Parser(argparse.ArgumentParser):
-    """argparse, with every default in --help and every message on one line."""
+    """argparse, with every default in --help, and UserError for a mistake."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        sys.exit(_fail(f"{message}; see python {self.prog} --help"))
+        raise UserError(f"{message}; see python {self.prog} --help")
 
 
-def whole(low, high=2 ** 31):
-    """The type of a flag: a whole number from `low` to `high`."""
+def flag_type(convert, fits, wanted):
+    """The type of a flag: convert(text), which raises ValueError or gives a value that `fits`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= int(text) <= high:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, "
-                                         f"not {text[:50]!r}")
+            if fits(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text[:50]!r}")
     return parse
 
 
-def positive(text):
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e30:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be above 0 and below 1e30, not {text[:50]!r}")
+def whole(low, high=2 ** 31):
+    return flag_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
 
 
-def checkpoint_path(text):
-    if Path(text).suffix != ".npz":
-        raise argparse.ArgumentTypeError(f"must be a file name ending in .npz, not {text!r}")
-    return Path(text)
+positive = flag_type(float, lambda x: 0 < x < 1e30, "above 0 and below 1e30")
+checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file name ending in .npz")
 
 
 def add_training_flags(parser, out):
@@ -128,8 +118,6 @@ class Progress:
             print(f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left",
                   flush=True)
 
-
-# Files.
 
 _unfinished = set()  # files that are being written
 
@@ -159,18 +147,14 @@ def write_json(path, facts):
 
 
 def outputs(path, *endings):
-    """The files with these endings beside `path`, runs/sft.npz -> runs/sft-loss.png.
-
-    Raises UserError where one of them, or `path`, cannot be written: before minutes of training,
-    not after them.
-    """
+    """The files with these endings beside `path`, runs/sft.npz -> runs/sft-loss.png. Raises
+    UserError where one of them, or `path`, cannot be written: before minutes of training."""
     files = [path, *(path.with_name(path.stem + ending) for ending in endings)]
     for file in files:
         try:
-            if os.path.exists(file) and not os.path.isfile(file):
-                raise UserError(f"{file} is not a regular file; choose another name")
             with contextlib.suppress(FileNotFoundError):
-                os.stat(file)  # says if the name is too long
+                if not stat.S_ISREG(os.stat(file).st_mode):  # it also tells if the name is too long
+                    raise UserError(f"{file} is not a regular file; choose another name")
             folder = Path(os.path.realpath(file)).parent
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

@@ -2,7 +2,7 @@
 import itertools
 import random
 import re
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -17,8 +17,10 @@ MAX_LEN = 24  # tokens: the longest line and its end token take 19, the rest is 
 HELD_OUT = [target for target in TARGETS if 37 * target % len(TARGETS) < 20]
 TRAINING = [target for target in TARGETS if target not in HELD_OUT]
 
+OUTCOMES = ["right, preferred", "right, not preferred", "wrong sum", "does not parse"]
+# What an answer is worth; `terms` and `total`, their sum, are None where it does not parse.
+Judgement = namedtuple("Judgement", "target terms total exact preferred outcome")
 
-# Text and ids.
 
 def encode(text):
     """The ids of text's characters, without an end token. Raises ValueError for any other."""
@@ -46,75 +48,46 @@ def pad(lines, length=None):
     return ids
 
 
-# What an answer is worth.
-
-OUTCOMES = ["right, preferred", "right, not preferred", "wrong sum", "does not parse"]
-
-
-class Judgement(NamedTuple):
-    """What an answer is worth; `terms` and `total`, their sum, are None where it does not parse."""
-    target: int
-    terms: list
-    total: int
-    exact: bool
-    preferred: bool
-    outcome: str  # one of OUTCOMES
-
-
 def prefers(terms, prefer):
-    """The preference that DPO teaches and `preferred` counts: a list of exactly `prefer` terms.
-
-    To teach another one, change this function: "the first term is the largest" would be
-    `terms[0] == max(terms)`.
-    """
+    """The preference that DPO teaches and `preferred` counts: a list of exactly `prefer` terms. To
+    teach another one, change this: `terms[0] == max(terms)`, say, "the first is the largest"."""
     return len(terms) == prefer
 
 
 def judge(line, prefer=3):
     """The Judgement of an answer, a line as ids: prompt, completion and end token."""
-    ended = END in line and line.index(END) == len(line) - 1 and PAD not in line
-    target, terms = ended and parse(decode(line)) or (None, None)
-    if terms is None:
-        return Judgement(target, None, None, False, False, OUTCOMES[3])
+    text = "".join(VOCAB[i] for i in line)  # an end or pad token within it does not parse
+    if not text.endswith("<end>") or not (parsed := parse(text.removesuffix("<end>"))):
+        return Judgement(None, None, None, False, False, OUTCOMES[3])
+    target, terms = parsed
     exact, preferred = sum(terms) == target, prefers(terms, prefer)
     outcome = OUTCOMES[2] if not exact else OUTCOMES[0] if preferred else OUTCOMES[1]
     return Judgement(target, terms, sum(terms), exact, preferred, outcome)
 
 
 def parse(text):
-    """(target, terms) of a line such as `100=10+70+20`, or None if it is anything else.
-
-    Strict: one `=`, terms joined by single `+` signs, each of one or two digits without a leading
-    zero, as in every line that is trained on.
-    """
+    """(target, terms) of a line such as `100=10+70+20`, or None if it is anything else: one `=`,
+    terms of one or two digits without a leading zero, joined by single `+` signs."""
     match = re.fullmatch(r"([0-9]{1,3})=([1-9][0-9]?(?:\+[1-9][0-9]?)*)", text)
     return match and (int(match[1]), [int(term) for term in match[2].split("+")])
 
 
-# Lines made by rule.
-
 def random_line(target, count, rng):
-    """A line as ids: `target` split into `count` terms, every way as likely as any other.
-
-    A way to split n into k ordered terms is a choice of k - 1 distinct cuts among 1 ... n - 1.
-    `rng` is a random.Random: for single numbers NumPy's Generator is several times slower.
-    """
+    """A line as ids: `target` split into `count` terms, every way as likely as any other. `rng` is
+    a random.Random: for single numbers NumPy's Generator is several times slower."""
+    # A way to split n into k ordered terms is a choice of k - 1 distinct cuts among 1 ... n - 1.
     cuts = [0, *sorted(rng.sample(range(1, target), count - 1)), target]
     terms = [str(end - start) for start, end in itertools.pairwise(cuts)]
     return encode(f"{target}={'+'.join(terms)}") + [END]
 
 
 def random_lines(n, rng, targets=TRAINING):
-    """n lines as ids (n, T), padded on the right: target, count 2 to 5 and split all uniform.
-
-    `rng` is a NumPy Generator.
-    """
+    """n lines as ids (n, T), padded on the right: target, count and split all uniform. `rng` is a
+    NumPy Generator."""
     rng = random.Random(int(rng.integers(2 ** 63)))
     return pad([random_line(target, count, rng) for target, count in
                 zip(rng.choices(targets, k=n), rng.choices(COUNTS, k=n))])
 
-
-# Batches.
 
 def lengths(ids):
     """Tokens of each line (..., T) up to its last that is not padding -> (...). A pad token before
@@ -129,12 +102,9 @@ def completion_mask(ids):
 
 
 def by_length(ids, size):
-    """Cut lines (N, T), or pairs of lines (N, 2, T), into shards of about `size` rows.
-
-    Rows of like length come together, the longest first, and each shard is cut to its longest line:
-    otherwise a third of all positions would be padding. Shards of long lines get fewer rows, so
-    that all have about as many tokens and no process waits for another.
-    """
+    """Cut lines (N, T), or pairs of lines (N, 2, T), into shards of about `size` rows. Rows of like
+    length come together, the longest first, without the padding that all have: else a third of all
+    positions. Shards have about as many tokens each, so that no process waits for another."""
     longest = lengths(ids).max(axis=tuple(range(1, ids.ndim - 1)))  # (N,)
     order = np.argsort(-longest, kind="stable")
     n_shards = -(-len(ids) // size)

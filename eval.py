@@ -16,13 +16,9 @@ ANSWERS = 50  # sampled for each target
 EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
 
 
-# Sampling.
-
 def sample(model, targets, temperature, rng):
-    """One answer for each target: a list of lines as ids, with prompt and end token.
-
-    Greedy at temperature 0. A line that has filled data.MAX_LEN stops without an end token.
-    """
+    """One answer to each target, greedy at temperature 0: a list of lines as ids, with prompt and
+    end token. A line that has filled data.MAX_LEN stops without one."""
     lines = []
     for start in range(0, len(targets), CHUNK):
         prompts = [data.encode_prompt(target) for target in targets[start:start + CHUNK]]
@@ -32,22 +28,16 @@ def sample(model, targets, temperature, rng):
     return lines
 
 
-# Metrics.
-
 def metrics(lines, prefer=3):
-    """What a list of answers (ids) is worth, as a dict.
-
-    `exact`, `preferred`, `both`, `format`: the shares of all answers whose sum is the target, whose
-    terms `data.prefers` whatever their sum, of which both is true, and that parse.
-    `mean_abs_error` of the sum, over answers that parse (None if none does). `shares`: of each of
-    data.OUTCOMES. `counts`: answers that parse, by their number of terms, as {"3": 41}. `n`: all.
-    """
-    judged = [data.judge(line, prefer) for line in lines]
-    parsed = [j for j in judged if j.terms is not None]
+    """What a list of answers (ids) is worth, as a dict. Shares of all `n` answers: `exact` (the sum
+    is the target), `preferred` (data.prefers the terms), `both`, `format` (it parses), `shares` (of
+    each of data.OUTCOMES). Of those that parse: `mean_abs_error` of the sum, None if there are
+    none, and `counts` by number of terms, as {"3": 41}."""
+    judged, n = [data.judge(line, prefer) for line in lines], len(lines)
+    parsed = [j for j in judged if j.terms]
     sizes = [len(j.terms) for j in parsed]
     errors = [abs(j.total - j.target) for j in parsed]
-    outcomes, n = [j.outcome for j in judged], len(lines)
-    shares = {outcome: outcomes.count(outcome) / n for outcome in data.OUTCOMES}
+    shares = {outcome: sum(j.outcome == outcome for j in judged) / n for outcome in data.OUTCOMES}
     return {"n": n, "both": shares["right, preferred"], "exact": sum(j.exact for j in judged) / n,
             "preferred": sum(j.preferred for j in judged) / n, "format": len(parsed) / n,
             "mean_abs_error": sum(errors) / len(errors) if errors else None, "shares": shares,
@@ -59,10 +49,10 @@ def evaluate(models, seed=0, prefer=3, answers=ANSWERS, temperature=1.0):
     all; a row is a dict that also says `checkpoint`, `mode` and `targets`."""
     rows = []
     for name, model in models.items():
-        for mode, repeat, heat in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
+        for mode, repeat, scale in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
             for which, targets in (("held-out", data.HELD_OUT), ("all", data.TARGETS)):
                 repeated = [target for target in targets for _ in range(repeat)]
-                lines = sample(model, repeated, heat, np.random.default_rng(seed))
+                lines = sample(model, repeated, scale, np.random.default_rng(seed))
                 rows.append({"checkpoint": name, "mode": mode, "targets": which,
                              **metrics(lines, prefer)})
     return rows
@@ -73,28 +63,22 @@ def table(rows):
     width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
     lines = [f"{'checkpoint':{width}}  mode     targets   answers   both  exact  preferred  format"
              f"  error  % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
+    layout = ("{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
+              "{preferred:9.3f}  {format:6.3f}  {error:>5}         {percent}")
     for row in rows:
-        error = row["mean_abs_error"]
-        shares = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
-        lines.append(f"{row['checkpoint']:{width}}  {row['mode']:7}  {row['targets']:8}  "
-                     f"{row['n']:7,}  {row['both']:5.3f}  {row['exact']:5.3f}  "
-                     f"{row['preferred']:9.3f}  {row['format']:6.3f}  "
-                     f"{'-' if error is None else format(error, '.2f'):>5}         {shares}")
+        error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
+        percent = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
+        lines.append(layout.format(**row, width=width, error=error, percent=percent))
     return "\n".join(lines)
 
-
-# Single answers.
 
 def answers_to(model, target, samples, temperature=1.0, seed=0, prefer=3):
     """The greedy answer to one target, then sampled ones: dicts of mode, answer, sum, outcome."""
     rng = np.random.default_rng(seed)
     lines = sample(model, [target], 0.0, rng) + sample(model, [target] * samples, temperature, rng)
-    rows = []
-    for i, line in enumerate(lines):
-        judged = data.judge(line, prefer)
-        rows.append({"mode": "sampled" if i else "greedy", "answer": data.decode(line),
-                     "sum": judged.total, "outcome": judged.outcome})
-    return rows
+    judged = [data.judge(line, prefer) for line in lines]
+    return [{"mode": mode, "answer": data.decode(line), "sum": j.total, "outcome": j.outcome}
+            for mode, line, j in zip(["greedy", *samples * ["sampled"]], lines, judged)]
 
 
 def answer_line(row):
@@ -105,10 +89,8 @@ def answer_line(row):
 
 def credit(policy, reference, line, beta):
     """Where DPO put its credit in an answer (ids): a dict of the line as text, both models'
-    log-probabilities of its completion, and its tokens, [(token, reward), ...].
-
-    The reward of a token is beta (log pi - log pi_ref); their sum is the reward of the answer.
-    """
+    log-probabilities of its completion, its reward, and its tokens, [(token, reward), ...]. The
+    reward of a token is beta (log pi - log pi_ref); they add up to the reward of the answer."""
     ids, start = np.array([line]), line.index(data.EQUALS)
     with no_grad():
         logps, reference_logps = (F.token_log_probs(model(ids[:, :-1]), ids[0, 1:]).numpy()[start:]
@@ -118,6 +100,12 @@ def credit(policy, reference, line, beta):
     return {"line": data.decode(line), "policy_logp": float(logps.sum()),
             "reference_logp": float(reference_logps.sum()), "reward": float(rewards.sum()),
             "tokens": list(zip(tokens, rewards.tolist()))}
+
+
+def credit_lines(row):
+    """One of `credit` as text."""
+    tokens = "  ".join(f"{token} {reward:+.2f}" for token, reward in row["tokens"])
+    return f"{row['line']}  reward {row['reward']:+.2f}\n  {tokens}"
 
 
 def load(path):
@@ -131,71 +119,58 @@ def load(path):
     return model
 
 
-# The program.
-
-def sum_line(text):
-    """The type of --tokens: a line such as 100=10+70+20."""
-    parsed = data.parse(text)
-    if not parsed or len(text) >= data.MAX_LEN or parsed[0] not in data.TARGETS:
-        raise argparse.ArgumentTypeError(f"must be a line such as 100=10+70+20, not {text[:50]!r}")
-    return text
-
-
 def parse_arguments(argv):
+    line_ids = cli.flag_type(
+        lambda text: data.encode(text) + [data.END],
+        lambda ids: data.judge(ids).target in data.TARGETS and len(ids) <= data.MAX_LEN,
+        "a line such as 100=10+70+20")
     parser = cli.Parser(__doc__)
-    # Set here, or --help would show them twice.
-    parser.set_defaults(checkpoints=[Path("runs/sft.npz"), Path("runs/dpo.npz")], prompt=None,
-                        samples=None, tokens=[])
+    parser.argument_default = argparse.SUPPRESS  # or --help would say "(default: None)"
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", default=argparse.SUPPRESS,
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT",
         help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
-    add("--prompt", type=cli.whole(5, 100), metavar="TARGET", default=argparse.SUPPRESS,
+    add("--prompt", type=cli.whole(5, 100), metavar="TARGET",
         help="answer this target instead of measuring")
-    add("--samples", type=cli.whole(1), default=argparse.SUPPRESS,
+    add("--samples", type=cli.whole(1),
         help="answers sampled for each target (default: 50, or 5 with --prompt)")
     add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--tokens", type=sum_line, nargs="+", metavar="LINE", default=argparse.SUPPRESS,
+    add("--tokens", type=line_ids, nargs="+", metavar="LINE",
         help="show the rewards of two lines, 100=10+70+20 100=50+50, token by token; tokens.png "
              "goes beside the second checkpoint; name checkpoints before this flag")
     add("--beta", type=cli.positive, default=0.8, help="for --tokens")
     add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples")
     add("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(argv, argparse.Namespace(
+        checkpoints=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
+        prompt=None, samples=None, tokens=[], json=False))
     if arguments.tokens and (len(arguments.tokens) > 2 or len(arguments.checkpoints) != 2):
         parser.error("--tokens takes one or two lines and two checkpoints, the reference first")
     return arguments
 
 
-def credits(reference, policy, arguments):
-    """`credit` of the lines that were asked for, drawn, too; and the same as text."""
-    picture = arguments.checkpoints[1].with_name("tokens.png")
-    cli.outputs(picture)
-    rows = [credit(policy, reference, data.encode(text) + [data.END], arguments.beta)
-            for text in arguments.tokens]
-    import plots  # here, so that nothing else waits for matplotlib
-    plots.credit(rows, picture)
-    text = [f"{row['line']}  reward {row['reward']:+.2f}\n  " +
-            "  ".join(f"{token} {value:+.2f}" for token, value in row["tokens"]) for row in rows]
-    return rows, "\n".join([*text, f"wrote {picture}"])
-
-
 def main(argv=None):
     """Print what was asked for."""
     arguments = parse_arguments(argv)
+    seed, prefer, temperature = arguments.seed, arguments.prefer, arguments.temperature
     models = {str(path): load(path) for path in arguments.checkpoints}
     if arguments.tokens:
-        rows, text = credits(*(models[str(path)] for path in arguments.checkpoints), arguments)
-    elif arguments.prompt is None:
-        rows = evaluate(models, arguments.seed, arguments.prefer, arguments.samples or ANSWERS,
-                        arguments.temperature)
-        text = table(rows)
-    else:
-        width = max(map(len, models))
+        import plots  # here, so that nothing else waits for matplotlib
+        reference, policy = (models[str(path)] for path in arguments.checkpoints)
+        picture = arguments.checkpoints[1].with_name("tokens.png")
+        cli.outputs(picture)
+        rows = [credit(policy, reference, line, arguments.beta) for line in arguments.tokens]
+        plots.credit(rows, picture)
+        text = "\n".join([*map(credit_lines, rows), f"wrote {picture}"])
+    elif arguments.prompt:
         rows = [{"checkpoint": name, **row} for name, model in models.items() for row in
-                answers_to(model, arguments.prompt, arguments.samples or 5, arguments.temperature,
-                           arguments.seed, arguments.prefer)]
+                answers_to(model, arguments.prompt, arguments.samples or 5, temperature, seed,
+                           prefer)]
+        width = max(map(len, models))
         text = "\n".join(f"{row['checkpoint']:{width}}  {answer_line(row)}" for row in rows)
+    else:
+        rows = evaluate(models, seed, prefer, arguments.samples or ANSWERS, temperature)
+        text = table(rows)
     print(json.dumps(rows, indent=2) if arguments.json else text)
 
 

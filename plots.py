@@ -123,11 +123,9 @@ def credit(rows, path):
         for i, (token, value) in enumerate(row["tokens"]):
             ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
-        before, after = math.exp(row["reference_logp"]), math.exp(row["policy_logp"])
         ax.set(xticks=[], yticks=[])
-        ax.grid(False)
-        ax.set_title(f"{row['line']}:  p_ref {before:.2g}, p_policy {after:.2g},  reward "
-                     f"{row['reward']:+.1f}", loc="left")
+        ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
+            math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
     if len(rows) > 1:
         figure.suptitle("where DPO put its credit: a margin of "

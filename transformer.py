@@ -1,9 +1,10 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
 import dataclasses
+import io
 import json
-import math
 import numbers
 import os
+import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -33,11 +34,8 @@ class Config:
 
 
 def parameter_shapes(config):
-    """{name: shape} of every parameter, in the order of a checkpoint.
-
-    Matrices are (outputs, inputs), used as W @ x; qkv = [q; k; v] and gate_up = [gate; up] lie one
-    below the other. RMSNorm's eps is 1e-6, the rotary base 10,000: the defaults of `functional`.
-    """
+    """{name: shape} of every parameter, in the order of a checkpoint. Matrices are (outputs,
+    inputs), used as W @ x; qkv = [q; k; v] and gate_up = [gate; up] lie one below the other."""
     d, f, v = config.d_model, config.d_hidden, config.vocab_size
     block = {"attention_norm": (d,), "qkv": (3 * d, d), "attention_out": (d, d),
              "mlp_norm": (d,), "gate_up": (2 * f, d), "down": (d, f)}
@@ -47,27 +45,22 @@ def parameter_shapes(config):
 
 
 class Transformer:
-    """x += attention(norm(x)); x += mlp(norm(x)) in each block, logits = head(norm(x)).
-
-    Llama's: RMSNorm, rotary positions, SwiGLU, no biases, an untied head. A norm's learned scale
-    multiplies the columns of the matrix that follows it: W (s x) = (W s) x.
-    """
+    """x += attention(norm(x)); x += mlp(norm(x)) in each block, logits = head(norm(x)). Llama's:
+    RMSNorm (eps 1e-6), rotary positions (base 10,000), SwiGLU, no biases, an untied head. A norm's
+    learned scale multiplies the columns of the matrix after it: W (s x) = (W s) x."""
 
     def __init__(self, config, seed=0):
         self.config = config
         rng = np.random.default_rng(seed)
         self._parameters = {}
         for name, shape in parameter_shapes(config).items():
-            if len(shape) == 1:
-                array = np.ones(shape, np.float32)
-            else:
-                # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
-                # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
-                std = 1.0 if name == "embedding" else shape[1] ** -0.5
-                if name.endswith(("attention_out", "down")):
-                    std /= (2 * config.n_layers) ** 0.5
-                array = rng.normal(0, std, shape).astype(np.float32)
-            self._parameters[name] = Tensor(array, requires_grad=True)
+            # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
+            # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
+            std = 1.0 if name == "embedding" else shape[-1] ** -0.5
+            if name.endswith(("attention_out", "down")):
+                std /= (2 * config.n_layers) ** 0.5
+            array = np.ones(shape) if len(shape) == 1 else rng.normal(0, std, shape)
+            self._parameters[name] = Tensor(array.astype(np.float32), requires_grad=True)
 
     def named_parameters(self):
         """{name: Tensor} in the order of a checkpoint."""
@@ -78,9 +71,7 @@ class Transformer:
 
     def __call__(self, ids):
         """Logits of the next token at every position: int (B, T) -> (V, B T), line after line.
-
-        Raises ValueError for ids that are not integers (B, T) within the vocabulary.
-        """
+        Raises ValueError for ids that are not integers (B, T) within the vocabulary."""
         ids, config = np.asarray(ids), self.config
         if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
                 and 0 <= ids.min() and ids.max() < config.vocab_size):
@@ -94,22 +85,19 @@ class Transformer:
         p = self._parameters
         x = F.embedding(p["embedding"], ids)  # (D, N)
         for i in range(self.config.n_layers):
-            attention_norm, qkv, attention_out, mlp_norm, gate_up, down = (
-                p[f"blocks.{i}.{name}"] for name in
-                ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "down"))
-            h = attention((qkv * attention_norm) @ F.rms_norm(x), i)  # (D, N)
-            x = x + attention_out @ h
-            h = F.swiglu((gate_up * mlp_norm) @ F.rms_norm(x))  # (F, N)
-            x = x + down @ h
+            b = f"blocks.{i}."
+            h = attention((p[b + "qkv"] * p[b + "attention_norm"]) @ F.rms_norm(x), i)  # (D, N)
+            x = x + p[b + "attention_out"] @ h
+            h = F.swiglu((p[b + "gate_up"] * p[b + "mlp_norm"]) @ F.rms_norm(x))  # (F, N)
+            x = x + p[b + "down"] @ h
         return (p["head"] * p["norm"]) @ F.rms_norm(x)
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=data.END):
         """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
-
         Greedy at temperature 0, else sampled from softmax(logits / temperature) with `rng`, a NumPy
-        Generator; a row stops at `end` or after max_new_tokens. All rows advance together, a column
-        a step. A row with a longer prompt is still fed it while others write: no padding is read.
-        """
+        Generator. All rows advance together, a column a step; one with a longer prompt is still fed
+        it while others write: no padding is read. Raises ValueError for an empty prompt, or where
+        temperature and rng do not fit together."""
         if not temperature >= 0 or temperature and rng is None:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
@@ -139,9 +127,7 @@ class Transformer:
 
     def save(self, path):
         """Write weights and config as .npz; what is there stays until the new file is complete.
-
-        Raises UserError, a ValueError, and writes nothing, for weights that are not finite.
-        """
+        Raises UserError, a ValueError, and writes nothing, for weights that are not finite."""
         arrays = {name: parameter.data for name, parameter in self._parameters.items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise UserError(f"{path} was not written, some weights are infinite; try a lower --lr")
@@ -154,48 +140,43 @@ class Transformer:
         ValueError, for one that is no checkpoint of this edition."""
         with open(path, "rb") as file:
             try:
-                with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
-                    model = cls(_checked_config(archive))
-                    for name, parameter in model._parameters.items():
-                        parameter.data = np.ascontiguousarray(archive[name], np.float32)
-                        if not np.isfinite(parameter.data).all():
-                            raise ValueError(f"{name} holds NaN or infinity")
+                config, arrays = _read_checkpoint(file)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
                 raise UserError(f"{path} is no checkpoint, or damaged ({error}); train it again "
                                 f"with python sft.py, or name another file") from error
+        model = cls(config)
+        for name, parameter in model._parameters.items():
+            parameter.data = arrays[name]
         return model
 
 
-def _checked_config(archive):
-    """The Config of a checkpoint. Raises ValueError unless the arrays are those of its sizes. Only
-    headers are read, and compared with the file's size: a damaged one could ask for any memory."""
-    shape, dtype = _header(archive, "config")
-    if shape or dtype.itemsize > 10_000:
-        raise ValueError(f"its config is no text: {dtype} {shape}")
-    n_bytes = 0
-    fields = json.loads(archive["config"].item())
+def _read_checkpoint(file):
+    """Config and {name: array}. Raises any kind of exception unless the file is what `save` writes.
+    Bytes come before the arrays they fill: a damaged header could ask for any memory."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        if sum(m.file_size for m in archive.infolist()) > os.fstat(file.fileno()).st_size:
+            raise ValueError("it is compressed, or shorter than it says")
+        for name in archive.namelist():
+            member = io.BytesIO(archive.read(name))
+            np.lib.format.read_magic(member)  # 1.0, what np.savez writes
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
+            arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
+    fields = json.loads(arrays.pop("config").item())
     config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
-    if 6 * config.n_layers + 3 != len(archive.files) - 1:  # before a list of them is made
-        raise ValueError(f"it holds {len(archive.files) - 1} arrays, not those of its config")
+    if 6 * config.n_layers + 3 != len(arrays):  # before a list of them is made
+        raise ValueError(f"it holds {len(arrays)} arrays, not those of its config")
     for name, shape in parameter_shapes(config).items():
-        found, dtype = _header(archive, name)
-        if found == shape[::-1] != shape:
+        array = arrays[name]
+        if array.shape == shape[::-1] != shape:
             raise ValueError(f"it is of the first edition, whose {name} lies transposed")
-        if found != shape or dtype.kind != "f":
-            raise ValueError(f"{name} should be float32 {shape}, found {dtype} {found}")
-        n_bytes += math.prod(shape) * dtype.itemsize
-    if n_bytes > os.fstat(archive.zip.fp.fileno()).st_size:
-        raise ValueError("it is shorter than its headers say")
-    return config
-
-
-def _header(archive, name):
-    """Shape and dtype of an array that is not read yet."""
-    with archive.zip.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-        shape, _, dtype = read_header(member)
-        return shape, dtype
+        if array.shape != shape or array.dtype.kind != "f":
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
+        arrays[name] = array.astype(np.float32, order="C")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    return config, arrays
 
 
 def _choose(logits, temperature, rng):

@@ -30,7 +30,7 @@ def test_the_metrics_are_their_definitions(answers, prefer):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sample_answers_every_target_in_its_place(temperature):
-    targets = [5, 100, 42] * 100  # more than one chunk
+    targets = [5, 100, 42] * 200  # more than one chunk
     lines = evaluation.sample(model(), targets, temperature, np.random.default_rng(0))
     for target, line in zip(targets, lines, strict=True):
         prompt = data.encode_prompt(target)
@@ -39,7 +39,7 @@ def test_a_sample_answers_every_target_in_its_place(temperature):
     if temperature == 0:
         assert lines[0] == [5, data.EQUALS] + model().generate([[5, data.EQUALS]], 22)[0]
     n = evaluation.CHUNK // 3 * 3  # every chunk draws its own numbers
-    assert (lines[:300 - n] == lines[n:]) == (temperature == 0)
+    assert (lines[:600 - n] == lines[n:]) == (temperature == 0)
 
 
 def test_the_rows_of_an_evaluation(monkeypatch):
@@ -54,7 +54,7 @@ def test_the_rows_of_an_evaluation(monkeypatch):
     monkeypatch.setattr(evaluation, "sample", lambda _, targets, *heat_and_rng: asked.append(
         (len(targets), *heat_and_rng)) or [answer(target, [1, 1, 1]) for target in targets])
     assert [row["preferred"] for row in evaluation.evaluate({"": None})] == [1] * 4
-    assert [(n, heat) for n, heat, _ in asked] == [(20, 0), (96, 0), (1000, 1), (4800, 1)]
+    assert [(n, t) for n, t, _ in asked] == [(20, 0), (96, 0), (1000, 1), (4800, 1)]
     assert {rng.random() for *_, rng in asked} == {np.random.default_rng(0).random()}
 
 

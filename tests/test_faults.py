@@ -74,6 +74,7 @@ def assert_whole(earlier):
     ("sft", "", [], ">/dev/full", 2, ".*No space left on device"),
     ("eval", "", [], ">/dev/full", 2, ".*No space left on device"),
     ("eval", "", ["none.npz"], "", 2, "no checkpoint at none.npz;"),
+    ("sft", "", ["--steps", "x"], "", 2, "argument --steps: .*'x'; see python sft --help"),
     ("eval", "before(evaluation, 'table', lambda: bytearray(1 << 60))", [], "", 2, "not enough"),
     ("sft", "before(sft, 'Adam', die)", ["--processes=2"], "", 2, "process 1 of 2.*killed"),
     ("dpo", "before(dpo, 'Adam', die)", ["--processes=3"], "", 2, "process . of 3.*killed"),

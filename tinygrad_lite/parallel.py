@@ -58,7 +58,7 @@ class World:
                 pipe.send(None)
             if self.rank > 0:
                 pipe.recv()
-        except (EOFError, ConnectionError):  # nobody holds the other end of `pipe` any more
+        except (EOFError, OSError):  # nobody holds the other end of `pipe` any more
             raise ChildProcessError(f"process {rank} of {self.world_size} was killed") from None
         if failure:
             error, text = failure

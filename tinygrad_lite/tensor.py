@@ -1,8 +1,8 @@
 """Tensor and tape: reverse-mode automatic differentiation of NumPy code.
 
-An op computes `out` with NumPy and ends with `return Tensor(out, parents=..., backward=backward)`.
-Its `backward(grad)` turns the gradient of the loss with respect to `out` into one for each parent:
-the chain rule. It never writes into `grad`, which another op may hold, too.
+An op computes `out` with NumPy and returns Tensor(out, parents=..., backward=...). That function
+turns dL/d(out), L the loss, into dL/d(parent) for each parent: the chain rule. It never writes into
+what it is given, which another op may hold, too.
 """
 import contextlib
 import contextvars
@@ -28,10 +28,9 @@ def no_grad():
 
 class Tensor:
     """An array that remembers how it was computed. `data`: ndarray, list or number; float64 arrays
-    stay what they are, other real numbers become float32, TypeError for anything else. It is not
-    copied: changed in place between forward and backward, it makes gradients wrong, silently.
-    `grad`: None, or an array like data, to which `backward()` adds. Operands of ops broadcast as in
-    NumPy; numbers and arrays are constants."""
+    stay so, other real numbers become float32, TypeError for all else. It is not copied: changed in
+    place before backward(), it makes gradients wrong, silently. `grad`: None, or an array like data
+    to which backward() adds. Operands broadcast as in NumPy; all but Tensors are constants."""
     __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
@@ -165,7 +164,7 @@ def _op(out, parents, backward):
         if grad.shape == shape:
             return grad
         padded = (1,) * (grad.ndim - len(shape)) + shape
-        axes = tuple(i for i, (n, m) in enumerate(zip(grad.shape, padded)) if n != m)
-        return (grad.sum(axis=axes) if axes else grad).reshape(shape)
+        axes = tuple(i for i, n in enumerate(padded) if n != grad.shape[i])
+        return grad.sum(axis=axes).reshape(shape)
     return Tensor(out, parents=parents, backward=lambda grad: [
         sum_to(parent.shape, g) for parent, g in zip(parents, backward(grad))])

@@ -94,7 +94,8 @@ def dpo_training(history, path):
     curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2",
            ylabel="loss (nats per pair)")
     loss.axhline(math.log(2), color=GREY, linewidth=1)
-    loss.set_ylim(bottom=0)
+    losses = [math.log(2), *(row["loss"] for row in history if row["pairs"])]
+    loss.set_ylim(0, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
     loss.annotate("ln 2: policy = reference", (0.98, math.log(2)), (0, 4), color="#555555",
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),

@@ -19,8 +19,6 @@ LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewa
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
 
 
-# The objective.
-
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
              reference_chosen_logps, reference_rejected_logps, beta):
     """- mean over pairs of log sigmoid(beta h): four arrays (P,), for P pairs -> scalar Tensor.
@@ -49,10 +47,8 @@ def pair_logps(model, pairs):
 
 
 def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """What a run logs of log-probabilities (P,), in the order of LOGGED; means over pairs.
-
-    A reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4).
-    """
+    """What a run logs of log-probabilities (P,), in the order of LOGGED; means over pairs. A reward
+    is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4)."""
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
     return [float(np.mean(values)) for values in (
@@ -60,10 +56,8 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
 
 
 def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
-    """dpo_loss of pairs, ids (P, 2, T), and the numbers that a run logs, in the order of LOGGED.
-
-    With sft_weight > 0, plus the SFT loss of the chosen answers (Pang et al. 2024, Eq. 1).
-    """
+    """dpo_loss of pairs, ids (P, 2, T), plus sft_weight times the SFT loss of the chosen answers
+    (Pang et al. 2024, Eq. 1); and the numbers that a run logs, in the order of LOGGED."""
     policy_logps = pair_logps(policy, pairs)
     with no_grad():
         reference_logps = pair_logps(reference, pairs)
@@ -78,11 +72,9 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 # Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.
 
 def judged_pairs(model, targets, n_answers, prefer, rng):
-    """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged.
-
-    Answers to one target that are right and preferred are paired off with others, one to one; what
-    is left over is dropped.
-    """
+    """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged. Those
+    to one target that are right and preferred are paired off with others, one to one; what is left
+    over is dropped."""
     lines = evaluation.sample(model, np.repeat(targets, n_answers).tolist(), 1.0, rng)
     paired = []
     for start in range(0, len(lines), n_answers):
@@ -108,10 +100,8 @@ def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
 
 
 def rule_rounds(n_pairs, prefer, rng):
-    """Right sums made by rule, the chosen with `prefer` terms, the rejected with another number.
-
-    The recipe of the demo that this project starts from. It does not ask `data.prefers`.
-    """
+    """Right sums made by rule, the chosen with `prefer` terms, the rejected with another number:
+    the recipe of the demo this project starts from. It does not ask `data.prefers`."""
     rng = random.Random(int(rng.integers(2 ** 63)))
     others = [k for k in data.COUNTS if k != prefer]
     while True:
@@ -121,17 +111,13 @@ def rule_rounds(n_pairs, prefer, rng):
         yield data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
 
-# Training.
-
 def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight=0.0):
     """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
     which every process has its own. Trains `policy` in place; `reference` is only read.
-
     Yields a log a round, a dict about the pairs of all processes before the step: at first policy
     and reference are one, the loss is ln 2. A round without pairs is skipped, its log says 0
     "pairs"; after PATIENCE of them in a row training ends. Raises UserError when the loss is no
-    longer finite.
-    """
+    longer finite."""
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
     empty = 0
@@ -164,9 +150,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
 
 def measure(policy, reference, pairs, beta, prefer):
     """What a run logs of held-out targets: fixed pairs, under TRL's names, and shares of outcomes.
-
-    Always with the same random numbers: what changes from call to call is the policy.
-    """
+    Always with the same random numbers: what changes from call to call is the policy."""
     lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, np.random.default_rng(0))
     with no_grad():
         log = loss_and_log(policy, reference, pairs, beta)[1].tolist() if len(pairs) else []
@@ -206,8 +190,6 @@ def train_policy(world, arguments):
             .format(**row) if row["pairs"] else ""))
     return policy, reference, history, progress.seconds()
 
-
-# The program.
 
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)

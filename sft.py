@@ -14,33 +14,25 @@ from transformer import Config, Transformer
 SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
 
 
-# The objective.
-
 def completion_logps(model, ids):
-    """log p(completion | prompt) of each line: int (B, T) -> (B,).
-
-    The sum of log p(token | tokens before it) over the tokens after `=`, the end token included.
-    """
+    """log p(completion | prompt) of each line: int (B, T) -> (B,). The sum of log p(token | tokens
+    before it) over the tokens after `=`, the end token included."""
     token_logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())  # (B (T - 1),)
     mask = data.completion_mask(ids)[:, 1:]  # (B, T - 1)
     return (token_logps.reshape(*mask.shape) * mask).sum(axis=1)
 
 
 def sft_loss(model, ids, n_tokens=None):
-    """- mean over completion tokens of log p(token | tokens before it): int (B, T) -> scalar.
-
-    A shard of a larger batch passes the number of completion tokens of the whole batch, `n_tokens`:
-    the losses of the shards then add up to that of the batch.
-    """
+    """- mean over completion tokens of log p(token | tokens before it): int (B, T) -> scalar. A
+    shard of a larger batch passes the number of completion tokens of the whole batch, `n_tokens`:
+    the losses of the shards then add up to that of the batch."""
     return -completion_logps(model, ids).sum() / (n_tokens or data.completion_mask(ids).sum())
 
 
 def excess_nats(model, targets, rng, n=4000):
     """How much less likely the model makes lines of these targets than the rule that makes them, in
-    nats a line, mean over n lines: KL(rule || model), 0 for a perfect model.
-
-    The rule draws one of four counts k, then one of binomial(m - 1, k - 1) splits of the target m.
-    """
+    nats a line, mean over n lines: KL(rule || model), 0 for a perfect model. The rule draws one of
+    four counts k, then one of binomial(m - 1, k - 1) splits of the target m."""
     excess = 0.0
     for ids in data.by_length(data.random_lines(n, rng, targets), 4 * SHARD):
         with no_grad():
@@ -50,14 +42,10 @@ def excess_nats(model, targets, rng, n=4000):
     return excess / n
 
 
-# Training.
-
 def train(model, batches, steps, lr, world=World()):
-    """The SFT loop, in every process of `world`: trains `model` in place on lines, int (B, T).
-
-    `batches` yields the same in every process. Yields the loss of each step. Raises UserError when
-    it is no longer finite.
-    """
+    """The SFT loop, in every process of `world`: trains `model` in place on lines, int (B, T), that
+    `batches` yields, the same in every process. Yields the loss of each step. Raises UserError when
+    it is no longer finite."""
     parameters = model.parameters()
     # Without weight decay some targets that were never trained on stay wrong for good.
     optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -91,8 +79,6 @@ def train_new_model(world, config, arguments):
             progress.show(len(losses), f"loss {loss:.3f}  {speed:,.0f} lines/s")
     return model, losses, progress.seconds()
 
-
-# The program.
 
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)

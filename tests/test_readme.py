@@ -44,7 +44,7 @@ SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 3 --prompts 8 --answers 4",
 
 
 def exercises():
-    """[(new, old, command), ...] of the folded answers; new and old are "" if nothing changes."""
+    """[(old, new, command), ...] of the folded answers; old and new are "" if nothing changes."""
     found = []
     for answer in re.findall(r"<details>(.*)</details>", README):
         *change, command = re.findall(r"<code>(.*?)</code>", answer)
@@ -72,7 +72,7 @@ def run(folder, command):
 
 def test_every_exercise_has_an_answer_that_fits_the_source():
     assert len(exercises()) == 5
-    for _, old, command in exercises():
+    for old, _, command in exercises():
         assert not old or sum(path.read_text().count(old) for path in ROOT.glob("*.py")) == 1, old
         assert command.startswith("python dpo.py")
 
@@ -116,7 +116,7 @@ def test_every_command_and_exercise_runs(tmp_path):
     for program in ("benchmarks/train_step.py", "benchmarks/sample.py",
                     "benchmarks/experiments.py"):
         run(ROOT, f"python {program}")
-    for new, old, command in exercises():
+    for old, new, command in exercises():
         before = {path: path.read_text() for path in tmp_path.glob("*.py")}
         for path, text in before.items() if old else ():
             path.write_text(text.replace(old, new))

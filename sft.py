@@ -95,7 +95,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Train from scratch; write checkpoint, log and picture; print metrics and some answers."""
+    """Train from scratch; write checkpoint, log and picture; print metrics and excess."""
     arguments = parse_arguments(argv)
     config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                     arguments.d_hidden, data.MAX_LEN)

@@ -111,7 +111,7 @@ def credit_lines(row):
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
     if not path.exists():
-        command = "dpo.py" if "dpo" in path.name else "sft.py (about a minute)"
+        command = "dpo.py" if "dpo" in path.name else "sft.py (two minutes)"
         raise cli.UserError(f"no checkpoint at {path}; write it with python {command}")
     model = Transformer.load(path)
     if model.config.vocab_size != len(data.VOCAB):

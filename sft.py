@@ -83,13 +83,13 @@ def train_new_model(world, config, arguments):
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.whole(1), default=15_000, help="training steps")
+    add("--steps", type=cli.whole(1), default=18_000, help="training steps")
     add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
-    add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")
-    add("--n-layers", type=cli.whole(1), default=3, help="number of blocks")
-    add("--n-heads", type=cli.whole(1), default=8, help="attention heads of each block")
-    add("--d-hidden", type=cli.whole(1), default=64, help="hidden width of the MLP")
+    add("--d-model", type=cli.whole(1), default=40, help="width of the residual stream")
+    add("--n-layers", type=cli.whole(1), default=2, help="number of blocks")
+    add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
+    add("--d-hidden", type=cli.whole(1), default=96, help="hidden width of the MLP")
     cli.add_training_flags(parser, "runs/sft.npz")
     return parser.parse_args(argv)
 

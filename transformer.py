@@ -17,10 +17,10 @@ from cli import UserError, atomic_write
 class Config:
     """Sizes of a model. Raises UserError, a ValueError, where they do not fit together."""
     vocab_size: int
-    d_model: int = 32
-    n_layers: int = 3
-    n_heads: int = 8
-    d_hidden: int = 64
+    d_model: int = 40
+    n_layers: int = 2
+    n_heads: int = 4
+    d_hidden: int = 96
     max_len: int = 24  # tokens of a line; for the record, rotary positions do not need it
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ from transformer import Config, Transformer  # noqa: E402
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 VOCABULARY = 14
 Size = namedtuple("Size", "lines tokens d_model n_layers n_heads d_hidden")
+# "default" is the first edition's, so that figures compare; "demo" is the demo's.
 SIZES = {"default": Size(128, 18, 32, 3, 4, 64), "demo": Size(256, 24, 64, 4, 8, 128),
          "wide": Size(256, 20, 128, 2, 4, 512)}
 Score = namedtuple("Score", "median workers check")  # ms, processes or threads, what it computed

@@ -85,7 +85,7 @@ def parse_arguments(argv):
     add("folder", type=Path, metavar="FOLDER",
         help="what to_hugging_face.py wrote: where policy and reference start")
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
-    add("--rounds", type=cli.whole(1), default=1800, help="rounds of pairs, with one step each")
+    add("--rounds", type=cli.whole(1), default=2400, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=384,
         help="targets in a round, two answers each, of all processes")
     add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with every default in --help, and UserError for a mistake."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
+        super().__init__(sys.argv[0], description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):

@@ -8,7 +8,7 @@ new one; `hugging_face` is LlamaForCausalLM.generate with its own cache. Each ge
 process or thread and one for each core.
 """
 from common import CORES, SIZES, new_model, new_parser, run, time_calls
-from cli import positive, whole
+import cli
 from tinygrad_lite import no_grad
 import numpy as np
 import data
@@ -85,11 +85,11 @@ def report(n_prompts, scores, arguments):
 def main():
     parser = new_parser("Time sampling here and in transformers.")
     parser.add_argument("--prompts", default="1,64,1024", help="how many at once, one or more",
-                        type=lambda text: [whole(1)(part) for part in text.split(",")])
-    parser.add_argument("--new-tokens", type=whole(1), default=16, help="tokens of each answer")
-    parser.add_argument("--seconds", type=positive, default=2.0, help="timed seconds in a turn")
+                        type=lambda text: [cli.whole(1)(part) for part in text.split(",")])
+    parser.add_argument("--new-tokens", type=cli.whole(1), default=16, help="tokens of each answer")
+    parser.add_argument("--seconds", type=cli.positive, default=2.0, help="timed seconds in a turn")
     run(parser, "prompts", CONTESTANTS, work, report)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -13,7 +13,7 @@ import itertools
 from functools import partial
 
 from common import CORES, SIZES, VOCABULARY, new_model, new_parser, run, time_calls
-from cli import whole
+import cli
 import data
 from tinygrad_lite import Adam, clip_grad_norm, functional as F
 import numpy as np
@@ -235,9 +235,9 @@ def size_names(text):
 def main():
     parser = new_parser("Time one training step here, in PyTorch and in JAX.")
     parser.add_argument("--sizes", type=size_names, default=",".join(SIZES), help="some of these")
-    parser.add_argument("--steps", type=whole(1), default=60, help="timed steps in a turn")
+    parser.add_argument("--steps", type=cli.whole(1), default=60, help="timed steps in a turn")
     run(parser, "sizes", CONTESTANTS, work, report)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

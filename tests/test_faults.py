@@ -154,3 +154,11 @@ def test_killed_a_hundred_times_while_two_runs_save_to_one_path():
             saver.kill()
             saver.communicate()
         assert Transformer.load(OUT).config.d_hidden == 64
+
+
+@pytest.mark.parametrize("program", ["benchmarks/train_step.py", "benchmarks/sample.py"])
+def test_a_bad_flag_of_a_benchmark_costs_one_line(program):
+    result = subprocess.run([sys.executable, program, "--rounds", "x"], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"see python {program} --help" in result.stderr

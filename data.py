@@ -49,8 +49,9 @@ def pad(lines, length=None):
 
 
 def prefers(terms, prefer):
-    """The preference that DPO teaches and `preferred` counts: a list of exactly `prefer` terms. To
-    teach another one, change this: `terms[0] == max(terms)`, say, "the first is the largest"."""
+    """The preference that DPO teaches and `preferred` counts: as it stands, exactly `prefer` terms.
+    To teach another one, change the return line: `terms[0] == max(terms)`, say, for "the first term
+    is the largest". --prefer then does nothing, and --pairs rule still goes by number of terms."""
     return len(terms) == prefer
 
 

@@ -1,4 +1,4 @@
-"""DPO: teach a trained Transformer a preference, exactly three numbers, and keep its sums right."""
+"""DPO: teach a trained Transformer a preference, by default exactly three numbers."""
 import itertools
 import math
 import random
@@ -197,7 +197,7 @@ def parse_arguments(argv):
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["online", "once", "rule"], default="online",
         help="the policy's own answers, judged, sampled afresh for every round; answers sampled "
-             "once, from the SFT model; or right sums made by rule")
+             "once, from the SFT model; or right sums by rule, told apart by their number of terms")
     add("--fresh-every", type=cli.whole(1), default=1, metavar="ROUNDS",
         help="online: rounds that share the answers they train on")
     add("--sft-weight", type=cli.positive, default=0.0,
@@ -232,7 +232,7 @@ def main(argv=None):
     cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "metrics": rows,
                          "history": history})
     import plots  # here, so that --help need not wait for matplotlib
-    plots.distribution(rows, terms_picture, prefer)
+    plots.distribution(rows, terms_picture)
     plots.dpo_training(history, training_picture)
     print(f"\n{evaluation.table(rows)}\n")
     for target in evaluation.EXAMPLES:

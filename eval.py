@@ -111,8 +111,8 @@ def credit_lines(row):
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
     if not path.exists():
-        command = "dpo.py" if "dpo" in path.name else "sft.py (two minutes)"
-        raise cli.UserError(f"no checkpoint at {path}; write it with python {command}")
+        raise cli.UserError(f"no checkpoint at {path}; python sft.py writes one in two minutes, "
+                            f"python dpo.py makes another of it")
     model = Transformer.load(path)
     if model.config.vocab_size != len(data.VOCAB):
         raise cli.UserError(f"{path} is not of this task, it has other tokens; name another file")

@@ -48,17 +48,16 @@ def sft_loss(losses, path):
     save(figure, path)
 
 
-def distribution(rows, path, prefer=3):
+def distribution(rows, path):
     """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
     figure, grid = axes(1, len(rows), size=(5 * len(rows), 3.6), sharey=True)
     for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
         bars = ax.bar([f"{k} terms" for k in data.COUNTS],
-                      [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS],
-                      color=[ORANGE if k == prefer else BLUE for k in data.COUNTS])
+                      [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS], color=BLUE)
         ax.bar_label(bars, fmt="%.0f %%")
-        ax.set(title=f"after {name}: {100 * row['exact']:.0f} % of the sums are right",
-               ylim=(0, 108))
+        ax.set(title=f"after {name}: {100 * row['exact']:.0f} % right sums, "
+                     f"{100 * row['preferred']:.0f} % preferred", ylim=(0, 108))
     grid[0].set_ylabel("answers to held-out targets (%)")
     save(figure, path)
 

@@ -64,7 +64,7 @@ def message_of(program, *flags):
     ("dpo", "--beta 1e39", "below 1e30"), ("dpo", "--prefer 7", "--prefer"),
     ("dpo", "--pairs best", "--pairs"), ("dpo", "--answers 1", "from 2"),
     ("dpo", "--sft x/../sft.npz --out sft.npz", "overwrite"),
-    ("dpo", "--out x.npz", r"runs/sft.npz; write it with python sft.py \(.*minute.*\)"),
+    ("dpo", "--out x.npz", r"runs/sft.npz; python sft.py writes one in .* minutes"),
     ("eval", "missing.npz", "missing.npz"), ("eval", "--prompt 4", "from 5 to 100"),
     ("eval", "--samples 0", "from 1"), ("eval", "--temperature 0", "above 0"),
     ("eval", "--tokens 3=1+2", "100=10"), ("eval", "sft.npz --tokens 9=4+5", "two checkpoints"),

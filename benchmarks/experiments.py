@@ -38,24 +38,31 @@ CHANGES = {  # of a line of dpo.py, which some runs of the laboratory make: old,
     "no clip": ("clip_grad_norm(parameters, 1.0)", "pass"),
     "divisor": ("loss = loss * weight", "loss = loss * (len(shard) / 384)")}
 LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
-    "Where do pairs come from?": (
-        ["loss", "accuracy", "chosen", "rejected", "both", "exact"],
-        ["--pairs rule", "--pairs once", "--fresh-every 100", "--fresh-every 10", ""]),
-    "Which rate?": (
-        ["highest loss", "lowest accuracy", "negative margins", "both", "exact"],
+    "1. The chosen reward": (
+        ["loss", "chosen", "rejected", "held-out chosen", "exact before", "exact"],
+        ["--pairs rule", "--pairs once", ""]),
+    "2. Loss 0, accuracy 1": (
+        ["loss", "accuracy", "held-out accuracy", "exact before", "exact", "both"],
+        ["--pairs once", "--pairs once --rounds 50", "--pairs once --lr 3e-5",
+         "--pairs once --beta 3", "--pairs rule", ""]),
+    "3. The rate": (
+        ["highest loss", "lowest accuracy", "negative margins", "exact", "both"],
         ["--lr 7e-4 --prompts 192 --rounds 300", "--lr 7e-4 --prompts 192 --rounds 300, no clip",
-         "--lr 7e-4 --prompts 192 --rounds 300, divisor", "--prompts 192 --rounds 300"]),
-    "Sum or mean?": (
-        ["margin", "terms", "both", "exact", "divergence"],
+         "--lr 7e-4 --prompts 192 --rounds 300, divisor", "--prompts 192 --rounds 300", ""]),
+    "4. Sum or mean": (
+        ["margin", "terms", "exact", "both", "divergence"],
         [f"{pairs}--rounds 500{rest}" for pairs in ("--pairs once ", "")
          for rest in ("", ", mean", " --beta 6.4, mean")]),
-    "Does an SFT term help?": (
-        ["chosen", "rejected", "both", "exact", "divergence"],
+    "5. An SFT term": (
+        ["chosen", "rejected", "exact", "both", "divergence"],
         [f"--pairs {pairs} --rounds 500{rest}" for pairs in ("rule", "once")
          for rest in ("", " --sft-weight 0.1", " --sft-weight 1", " --sft-weight 10")]),
-    "Which beta?": (
-        ["margin", "both", "exact", "divergence", "nine in ten"],
-        [f"--beta {value:g}" if value != 0.8 else "" for value in BETAS])}
+    "7. Beta": (
+        ["margin", "exact", "both", "divergence", "nine in ten"],
+        [f"--beta {value:g}" if value != 0.8 else "" for value in BETAS]),
+    "8. Fresh pairs": (
+        ["loss", "accuracy", "exact", "both", "nine in ten"],
+        ["--pairs rule", "--pairs once", "--fresh-every 100", "--fresh-every 10", ""])}
 
 
 def run(program, name, flags, change=None):
@@ -179,7 +186,9 @@ def divergence(policy, reference):
 def numbers(seed, flags):
     """What the laboratory's tables show of a run. Answers: 50 to each held-out target."""
     facts = dpo(seed, flags)
-    history, row = facts["history"], facts["metrics"][-2]  # DPO, sampled, held-out
+    _, _, before, _, _, _, row, _ = facts["metrics"]  # SFT and DPO: sampled, held-out
+    history = facts["history"]
+    held_out = [log for log in history if "eval_loss" in log][-1]
     logs = {name: means(facts, key, 50) for name, key in
             (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("chosen", "rewards/chosen"),
              ("rejected", "rewards/rejected"), ("margin", "rewards/margins"))}
@@ -187,8 +196,9 @@ def numbers(seed, flags):
             if log.get("shares", {}).get("right, preferred", 0) >= 0.9]
     terms = {int(k): n for k, n in row["counts"].items()}
     return {**{name: values[-1] for name, values in logs.items()}, **row,
-            "highest loss": max(log["loss"] for log in history if log["pairs"]),
-            "lowest accuracy": logs["accuracy"].min(),
+            "exact before": before["exact"], "held-out chosen": held_out["eval_rewards/chosen"],
+            "held-out accuracy": held_out["eval_rewards/accuracies"],
+            "highest loss": means(facts, "loss", 1).max(), "lowest accuracy": logs["accuracy"].min(),
             "negative margins": np.mean(means(facts, "rewards/margins", 1) < 0),
             "terms": sum(k * n for k, n in terms.items()) / max(1, sum(terms.values())),
             "divergence": divergence(evaluation.load(RUNS / f"{name_of(seed, flags)}.npz"),

@@ -206,7 +206,7 @@ def parse_arguments(argv):
     add("--rounds", type=cli.whole(1), default=2400, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=1.2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     cli.add_training_flags(parser, "runs/dpo.npz")
     return parser.parse_args(argv)

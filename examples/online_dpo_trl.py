@@ -88,7 +88,7 @@ def parse_arguments(argv):
     add("--rounds", type=cli.whole(1), default=2400, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=384,
         help="targets in a round, two answers each, of all processes")
-    add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=1.2e-4, help="peak learning rate of Adam")
     add("--seed", type=cli.whole(0), default=0, help="of prompts and answers")
     add("--out", type=cli.checkpoint_path, default=Path("runs/online_dpo_trl.npz"),
         help="the checkpoint to write; a folder of this name without .npz goes beside it")

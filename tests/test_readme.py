@@ -38,7 +38,7 @@ def test_commands_name_files_and_links_lead_somewhere(page):
 
 
 # What makes a command short: few steps, all else as written.
-SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 3 --prompts 8 --answers 4",
+SHORT = {"sft.py": "--steps 30", "dpo.py": "--rounds 3 --prompts 24 --answers 8",
          "benchmarks/train_step.py": "--sizes default --rounds 1 --steps 2",
          "benchmarks/sample.py": "--prompts 8 --rounds 1", "benchmarks/experiments.py": "--help"}
 
@@ -59,7 +59,7 @@ def copy_of_the_project(folder):
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(exist_ok=True)
             copy.write_text(path.read_text())
-    run(folder, "python sft.py --steps 1500")
+    run(folder, "python sft.py --steps 3000")
 
 
 def run(folder, command):
@@ -97,10 +97,10 @@ def test_the_laboratory_shows_the_changes_and_the_runs_that_it_makes(experiments
 
 @pytest.mark.slow
 def test_the_laboratory_runs(experiments, monkeypatch, tmp_path, capsys):
-    experiments.run("sft", "sft0", "--steps 1500")
+    experiments.run("sft", "sft0", "--steps 3000")
     start = experiments.run
     monkeypatch.setattr(experiments, "run", lambda program, name, flags, change=None: start(
-        program, name, flags + " --rounds 3 --prompts 8 --answers 4", change))
+        program, name, flags + " --rounds 3 --prompts 24 --answers 8", change))
     experiments.laboratory(1)
     rows = re.findall(r"^\| `.*\|$", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == sum(len(runs) for _, runs in experiments.LABORATORY.values())

@@ -9,8 +9,8 @@ Each run takes up to two minutes on two cores. What is in runs/experiments/ is n
 all start from the SFT models of `seeds`.
 """
 import argparse
+import functools
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -65,38 +65,49 @@ LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
         ["--pairs rule", "--pairs once", "--fresh-every 100", "--fresh-every 10", ""])}
 
 
-def run(program, name, flags, change=None):
+def copy_programs(folder):
+    """All that the programs need, in another folder, where it may be changed."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tinygrad_lite/*.py")]:
+        copy = Path(folder, path.relative_to(ROOT))
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+
+
+def run(program, name, *flags, change=None):
     """The facts of a training run, trained unless they are there."""
     out = RUNS / f"{name}.npz"
     if not out.with_suffix(".json").exists():
         print(f"training {name}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            for path in [*ROOT.glob("*.py"), *ROOT.glob("tinygrad_lite/*.py")]:
-                copy = Path(folder, path.relative_to(ROOT))
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copy(path, copy)
+        with tempfile.TemporaryDirectory() as copy:
             if change:
-                old, new = CHANGES[change]
-                script = Path(folder, "dpo.py")
-                script.write_text(script.read_text().replace(old, new))
-            subprocess.run([sys.executable, f"{program}.py", "--out", out, *flags.split()],
-                           cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                copy_programs(copy)
+                script = Path(copy, "dpo.py")
+                script.write_text(script.read_text().replace(*CHANGES[change]))
+            subprocess.run([sys.executable, f"{program}.py", "--out", out, *flags], check=True,
+                           cwd=copy if change else ROOT, stdout=subprocess.DEVNULL)
     return json.loads(out.with_suffix(".json").read_text())
 
 
 def sft(seed):
-    run("sft", f"sft{seed}", f"--seed {seed}")
+    """The facts of a run of sft.py."""
+    return run("sft", f"sft{seed}", "--seed", str(seed))
+
+
+def sft_path(seed):
+    sft(seed)
     return RUNS / f"sft{seed}.npz"
 
 
 def name_of(seed, flags):
+    """The name of the files of a run of dpo.py."""
     return "-".join(["dpo", *re.findall(r"[\w.]+", flags), f"seed{seed}"])
 
 
 def dpo(seed, flags=""):
     """The facts of a run of dpo.py; `flags` may end with a comma and one of CHANGES."""
     options, _, change = flags.partition(", ")
-    return run("dpo", name_of(seed, flags), f"--seed {seed} --sft {sft(seed)} {options}", change)
+    return run("dpo", name_of(seed, flags), "--seed", str(seed), "--sft", sft_path(seed),
+               *options.split(), change=change)
 
 
 def metrics(name, mode="sampled", targets="held-out"):
@@ -124,7 +135,7 @@ def spread(values, digits=3):
 
 def seeds(n_seeds):
     """The table of means and ranges over seeds, and what each run's curves did at worst."""
-    kinds = {"SFT": lambda seed: sft(seed).stem, "DPO": lambda seed: name_of(seed, ""),
+    kinds = {"SFT": lambda seed: sft_path(seed).stem, "DPO": lambda seed: name_of(seed, ""),
              "DPO, the demo's recipe": lambda seed: name_of(seed, DEMO)}
     for seed in range(n_seeds):
         dpo(seed)
@@ -144,7 +155,7 @@ def seeds(n_seeds):
         loss, accuracy = (means(facts, name, 50) for name in ("loss", "rewards/accuracies"))
         measured = [row for row in facts["history"] if "shares" in row]
         both = np.array([row["shares"]["right, preferred"] for row in measured])
-        print(f"{seed:4}  {run('sft', f'sft{seed}', '')['seconds']:7.0f}, {facts['seconds']:3.0f}"
+        print(f"{seed:4}  {sft(seed)['seconds']:7.0f}, {facts['seconds']:3.0f}"
               f"{loss.max():21.2f}, {loss[-1]:.2f}{accuracy.min():26.2f}, {accuracy[-1]:.2f}"
               f"{measured[-1]['eval_loss']:25.2f}, {measured[-1]['eval_rewards/accuracies']:.2f}"
               f"{(np.maximum.accumulate(both) - both).max():15.2f}")
@@ -183,6 +194,7 @@ def divergence(policy, reference):
     return float((logps - reference_logps).mean())
 
 
+@functools.cache  # some runs stand in several tables
 def numbers(seed, flags):
     """What the laboratory's tables show of a run. Answers: 50 to each held-out target."""
     facts = dpo(seed, flags)
@@ -203,8 +215,8 @@ def numbers(seed, flags):
             "negative margins": np.mean(means(facts, "rewards/margins", 1) < 0),
             "terms": sum(k * n for k, n in terms.items()) / max(1, sum(terms.values())),
             "divergence": divergence(evaluation.load(RUNS / f"{name_of(seed, flags)}.npz"),
-                                     evaluation.load(sft(seed))),
-            "nine in ten": nine[0] if nine else math.nan}
+                                     evaluation.load(sft_path(seed))),
+            "nine in ten": str(nine[0]) if nine else "never"}
 
 
 def laboratory(n_seeds=2):
@@ -214,7 +226,7 @@ def laboratory(n_seeds=2):
               end="|---|\n")
         for flags in runs:
             rows = [numbers(seed, flags) for seed in range(n_seeds)]
-            cells = [", ".join(f"{row[name]:.{0 if name == 'nine in ten' else 2}f}"
+            cells = [", ".join(row[name] if name == "nine in ten" else f"{row[name]:.2f}"
                                for row in rows) for name in columns]
             print(f"| `{flags or '(defaults)'}` | " + " | ".join(cells) + " |", flush=True)
 

@@ -52,16 +52,6 @@ def exercises():
     return found
 
 
-def copy_of_the_project(folder):
-    """The programs, and a checkpoint of few steps to start from."""
-    for path in SOURCES:
-        if path.parent == ROOT or path.parent.name == "tinygrad_lite":
-            copy = folder / path.relative_to(ROOT)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_text(path.read_text())
-    run(folder, "python sft.py --steps 3000")
-
-
 def run(folder, command):
     program, *flags = shlex.split(command)[1:]
     command = [sys.executable, program, *flags, *SHORT.get(program, "").split()]
@@ -97,18 +87,19 @@ def test_the_laboratory_shows_the_changes_and_the_runs_that_it_makes(experiments
 
 @pytest.mark.slow
 def test_the_laboratory_runs(experiments, monkeypatch, tmp_path, capsys):
-    experiments.run("sft", "sft0", "--steps 3000")
+    experiments.run("sft", "sft0", "--steps", "3000")
     start = experiments.run
-    monkeypatch.setattr(experiments, "run", lambda program, name, flags, change=None: start(
-        program, name, flags + " --rounds 3 --prompts 24 --answers 8", change))
+    monkeypatch.setattr(experiments, "run", lambda program, name, *flags, change=None: start(
+        program, name, *flags, *SHORT["dpo.py"].split(), change=change))
     experiments.laboratory(1)
     rows = re.findall(r"^\| `.*\|$", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == sum(len(runs) for _, runs in experiments.LABORATORY.values())
 
 
 @pytest.mark.slow
-def test_every_command_and_exercise_runs(tmp_path):
-    copy_of_the_project(tmp_path)
+def test_every_command_and_exercise_runs(experiments, tmp_path):
+    experiments.copy_programs(tmp_path)
+    run(tmp_path, "python sft.py --steps 3000")  # a checkpoint to start from
     run(tmp_path, "python dpo.py")
     for program, flags in dict.fromkeys(commands(README) + commands(LABORATORY)):
         if not program.startswith("benchmarks"):

@@ -1,4 +1,4 @@
-"""What the tests share: strategies, random arrays, a tiny model, the tape, programs."""
+"""What the tests share: strategies, random arrays, tiny models, answers, the tape, programs."""
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+import data
+import dpo
+import eval as evaluation
+import sft
 from tinygrad_lite import Tensor
 from transformer import Config, Transformer
 
@@ -13,9 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-6  # of gradcheck: central differences in float64 are good to about 1e-9
 TINY = ["--d-model", "8", "--n-layers", "1", "--n-heads", "2", "--d-hidden", "8",
         "--batch-size", "4", "--processes", "1"]  # an sft run that takes a second
+MAINS = {"sft": sft.main, "dpo": dpo.main, "eval": evaluation.main}
+RULE = ["--pairs", "rule", "--prompts", "4", "--rounds", "3", "--processes", "1"]
+RUNS = {"sft": [*TINY, "--steps", "3"], "dpo": ["--sft", "sft.npz", *RULE], "eval": ["sft.npz"]}
 LAYOUTS = [np.asfortranarray, lambda x: x[..., ::-1].copy()[..., ::-1],
            lambda x: np.repeat(x, 2, axis=-1)[..., ::2]]  # the same numbers, elsewhere in memory
 seeds = st.integers(0, 2 ** 32 - 1)
+term_lists = st.lists(st.integers(1, 99), min_size=1, max_size=6)
+sums = st.tuples(st.integers(0, 999), term_lists) | term_lists.map(lambda t: (sum(t), t))
 
 
 def normal(seed, *shape, dtype=np.float64):
@@ -60,6 +69,36 @@ def tiny_model(seed=0, dtype=np.float32, vocab_size=7, n_layers=2):
     for parameter in model.parameters():
         parameter.data = parameter.data.astype(dtype)
     return model
+
+
+def model_of_the_task(seed=0, dtype=np.float32):
+    return tiny_model(seed, dtype, vocab_size=len(data.VOCAB))
+
+
+def weights(model):
+    return np.concatenate([p.data.ravel() for p in model.parameters()])
+
+
+def save_model(path, vocab_size=len(data.VOCAB), seed=0):
+    Transformer(Config(vocab_size, 8, 1, 2, 8, data.MAX_LEN), seed).save(path)
+    return path
+
+
+def text_of(target, terms):
+    return f"{target}={'+'.join(map(str, terms))}"
+
+
+def answer(target, terms):
+    """A line as ids, with its end token."""
+    return data.encode(text_of(target, terms)) + [data.END]
+
+
+def read(ids):
+    return data.parse(data.decode(ids))
+
+
+def random_batch(seed, n=40, *targets):
+    return data.random_lines(n, np.random.default_rng(seed), *targets)
 
 
 def flip(content, bit):

@@ -14,18 +14,9 @@ import dpo
 import eval as evaluation
 import plots
 import sft
-from helpers import TINY
+from helpers import MAINS, RULE, RUNS, TINY, save_model
 from tinygrad_lite import World
-from transformer import Config, Transformer
-
-MAINS = {"sft": sft.main, "dpo": dpo.main, "eval": evaluation.main}
-RULE = ["--pairs", "rule", "--prompts", "4", "--rounds", "3", "--processes", "1"]
-RUNS = {"sft": [*TINY, "--steps", "3"], "dpo": ["--sft", "sft.npz", *RULE], "eval": ["sft.npz"]}
-
-
-def save_model(path, vocab_size=len(data.VOCAB), seed=0):
-    Transformer(Config(vocab_size, 8, 1, 2, 8, data.MAX_LEN), seed).save(path)
-    return path
+from transformer import Transformer
 
 
 @pytest.fixture(autouse=True)

@@ -8,28 +8,9 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 import data
-from helpers import seeds
+from helpers import answer, random_batch, read, seeds, sums, text_of
 
 texts = st.text(alphabet="0123456789+=")
-term_lists = st.lists(st.integers(1, 99), min_size=1, max_size=6)
-sums = st.tuples(st.integers(0, 999), term_lists) | term_lists.map(lambda t: (sum(t), t))
-
-
-def text_of(target, terms):
-    return f"{target}={'+'.join(map(str, terms))}"
-
-
-def answer(target, terms):
-    """A line as ids, with its end token."""
-    return data.encode(text_of(target, terms)) + [data.END]
-
-
-def read(ids):
-    return data.parse(data.decode(ids))
-
-
-def random_batch(seed, n=40, *targets):
-    return data.random_lines(n, np.random.default_rng(seed), *targets)
 
 
 def assert_uniform(counts):

@@ -9,10 +9,8 @@ from hypothesis import given, strategies as st
 import data
 import dpo
 import tinygrad_lite.functional as F
-from helpers import TOLERANCE, leaf, normal, seeds
+from helpers import TOLERANCE, answer, leaf, model_of_the_task, normal, read, seeds, weights
 from sft import completion_logps
-from test_data import answer, read
-from test_sft import model_of_the_task, weights
 from tinygrad_lite import Tensor, World, gradcheck, launch
 
 # Four float64 arrays (pairs,): policy chosen and rejected, reference chosen and rejected.

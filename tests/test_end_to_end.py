@@ -5,7 +5,7 @@ import data
 import dpo
 import eval as evaluation
 import sft
-from test_sft import weights
+from helpers import weights
 from transformer import Config, Transformer
 
 

@@ -5,10 +5,8 @@ from hypothesis import given, strategies as st
 
 import data
 import eval as evaluation
-from helpers import seeds
+from helpers import answer, model_of_the_task as model, seeds, sums, text_of
 from sft import completion_logps
-from test_data import answer, sums, text_of
-from test_sft import model_of_the_task as model
 
 
 @given(st.lists(st.tuples(sums, st.booleans()), min_size=1, max_size=12), st.integers(2, 5))
@@ -51,8 +49,8 @@ def test_the_rows_of_an_evaluation(monkeypatch):
                               np.random.default_rng(3))
     assert rows[6] == {**rows[6], **evaluation.metrics(lines, 2)}
     asked = []
-    monkeypatch.setattr(evaluation, "sample", lambda _, targets, *heat_and_rng: asked.append(
-        (len(targets), *heat_and_rng)) or [answer(target, [1, 1, 1]) for target in targets])
+    monkeypatch.setattr(evaluation, "sample", lambda _, targets, *temperature_and_rng: asked.append(
+        (len(targets), *temperature_and_rng)) or [answer(target, [1, 1, 1]) for target in targets])
     assert [row["preferred"] for row in evaluation.evaluate({"": None})] == [1] * 4
     assert [(n, t) for n, t, _ in asked] == [(20, 0), (96, 0), (1000, 1), (4800, 1)]
     assert {rng.random() for *_, rng in asked} == {np.random.default_rng(0).random()}

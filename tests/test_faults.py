@@ -9,8 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from helpers import ROOT
-from test_cli import MAINS, RUNS, save_model
+from helpers import MAINS, ROOT, RUNS, save_model
 from transformer import Config, Transformer
 
 # A program of the project, made small; SETUP says what happens to it.

@@ -8,20 +8,12 @@ from hypothesis import given, strategies as st
 
 import data
 import sft
-from helpers import leaf, log_softmax, normal, seeds, tiny_model
-from test_data import answer, random_batch, read
+from helpers import (
+    answer, leaf, log_softmax, model_of_the_task, normal, random_batch, read, seeds, weights)
 from tinygrad_lite import Tensor, World, launch
 
 VOCAB = len(data.VOCAB)
 batch_sizes = st.integers(1, 12)
-
-
-def model_of_the_task(seed=0, dtype=np.float32):
-    return tiny_model(seed, dtype, vocab_size=VOCAB)
-
-
-def weights(model):
-    return np.concatenate([p.data.ravel() for p in model.parameters()])
 
 
 def predicting(ids):

@@ -4,8 +4,6 @@ Activations are matrices with a column for each of N = B T positions, line after
 positions, D features, H heads of width d, F hidden features, V tokens in the vocabulary. In
 derivations g = dL/d(result), L the loss.
 """
-from functools import lru_cache
-
 import numpy as np
 
 from .tensor import Tensor
@@ -87,7 +85,8 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
     v = heads[2].swapaxes(1, 2)
     scores, rows = _products(k, q)  # one array, twice: S, then E
-    rows += np.tile(_future(length, qkv.dtype), n_heads * batch)
+    future = np.tril(np.full((length, length), -np.inf, qkv.dtype), -1)  # where j > i
+    rows += np.tile(future, n_heads * batch)
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
     total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
@@ -138,13 +137,6 @@ def _products(k, q):
     return np.matmul(k.mT, q, out=scores), rows
 
 
-@lru_cache(maxsize=32)  # it and the next: made anew in every layer, they would take 4 % of a step
-def _future(length, dtype):
-    """-inf where a key comes after the query, else 0: (T keys, T queries)."""
-    return np.tril(np.full((length, length), -np.inf, dtype), -1)
-
-
-@lru_cache(maxsize=32)
 def _rotation(d, positions, base, dtype):
     """cos and sin, over d^(1/4), of the angles t base^(-2i / d) at positions t: (2, d/2, T)."""
     angles = np.outer(base ** (-np.arange(0, d, 2) / d), positions)
@@ -155,7 +147,4 @@ def _rotate(x, cos, sin):
     """Halves (a, b) of a head, of q or k, become (a cos - b sin, b cos + a sin): (2, H, d, ...)."""
     halves = x.reshape(2, x.shape[1], 2, len(cos), -1)
     a, b = halves[:, :, 0], halves[:, :, 1]  # (2, H, d/2, N)
-    out = np.empty_like(halves)
-    np.subtract(a * cos, b * sin, out=out[:, :, 0])
-    np.add(b * cos, a * sin, out=out[:, :, 1])
-    return out.reshape(x.shape)
+    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(x.shape)

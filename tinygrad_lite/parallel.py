@@ -20,7 +20,7 @@ class World:
     """A process's view of a run: its `rank`, from 0, and `world_size`. World() is one alone."""
     def __init__(self, rank=0, world_size=1, pipes=(), buffer=b""):
         self.rank, self.world_size, self._pipes = rank, world_size, pipes  # [(rank, pipe to it)]
-        self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # half, rank, byte
+        self._slots = np.frombuffer(buffer, np.uint8).reshape(world_size, -1)  # (rank, byte)
 
     def share(self, items):
         """Every world_size-th of the items: this process's own."""
@@ -34,12 +34,11 @@ class World:
             return array
         sums, step = [], CHUNK // array.itemsize
         for piece in np.split(array.ravel(), range(step, array.size, step)):
-            slots = self._slots[0][:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
+            slots = self._slots[:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
             slots[self.rank] = piece
-            self.wait_for_all()
+            self.wait_for_all()  # until it is written
             sums.append(slots.sum(axis=0))
-            # Writing goes on in the other half: who comes back to this one knows all have read it.
-            self._slots = self._slots[::-1]
+            self.wait_for_all()  # until it is read
         return np.concatenate(sums).reshape(array.shape)
 
     def all_reduce_gradients(self, parameters):
@@ -72,7 +71,7 @@ def launch(world_size, function, *arguments):
     module, the arguments must be plain values, a script needs `if __name__ == "__main__"`."""
     if world_size == 1:
         return function(World(), *arguments)
-    buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
+    buffer, processes, pipes = multiprocessing.RawArray("B", world_size * CHUNK), [], []
     try:
         with contextlib.ExitStack() as when_started:
             if hasattr(signal, "pthread_sigmask"):  # not on Windows

@@ -15,38 +15,23 @@ class Adam:
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
         self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        # One long vector each: dozens of small arrays would cost a call each.
-        self.mean = self.square = np.zeros_like(flat_gradients(parameters))  # m and v
+        self.mean, self.square = ([np.zeros_like(p.data) for p in parameters] for _ in range(2))
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), where m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""
         self.steps += 1
         (beta1, beta2), t = self.betas, self.steps
-        grad = flat_gradients(self.parameters)
-        self.mean = self.mean + (1 - beta1) * (grad - self.mean)
-        self.square = self.square + (1 - beta2) * (grad * grad - self.square)
-        update = (self.mean * (self.lr / (1 - beta1 ** t))
-                  / (np.sqrt(self.square / (1 - beta2 ** t)) + self.eps))
-        for p, piece in zip(self.parameters, split_like(update, self.parameters)):
+        for p, m, v in zip(self.parameters, self.mean, self.square):
+            grad = np.zeros_like(p.data) if p.grad is None else p.grad
+            m += (1 - beta1) * (grad - m)
+            v += (1 - beta2) * (grad * grad - v)
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay
-            p.data -= piece
+            p.data -= m * (self.lr / (1 - beta1 ** t)) / (np.sqrt(v / (1 - beta2 ** t)) + self.eps)
 
     def zero_grad(self):
         for p in self.parameters:
             p.grad = None
-
-
-def flat_gradients(parameters):
-    """All gradients one after the other in one vector, zeros for a .grad of None."""
-    return np.concatenate([(np.zeros_like(p.data) if p.grad is None else p.grad).ravel()
-                           for p in parameters])
-
-
-def split_like(vector, parameters):
-    """The inverse: a vector cut into arrays of the parameters' shapes."""
-    ends = np.cumsum([p.size for p in parameters])
-    return [piece.reshape(p.shape) for p, piece in zip(parameters, np.split(vector, ends[:-1]))]
 
 
 def clip_grad_norm(parameters, max_norm):

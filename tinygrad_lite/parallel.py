@@ -11,8 +11,6 @@ import traceback
 
 import numpy as np
 
-from .optim import flat_gradients, split_like
-
 CHUNK = 2 ** 19  # bytes that a process puts into shared memory at a time
 
 
@@ -43,9 +41,11 @@ class World:
 
     def all_reduce_gradients(self, parameters):
         """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
-        total = self.all_reduce(flat_gradients(parameters))
-        for p, grad in zip(parameters, split_like(total, parameters)):
-            p.grad = grad
+        total = self.all_reduce(np.concatenate([  # one vector: every sum is a wait
+            (np.zeros_like(p.data) if p.grad is None else p.grad).ravel() for p in parameters]))
+        ends = np.cumsum([p.size for p in parameters])
+        for p, grad in zip(parameters, np.split(total, ends)):
+            p.grad = grad.reshape(p.shape)
 
     def wait_for_all(self):
         """Return once every process has come here; raise what another one raised instead."""

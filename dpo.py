@@ -17,6 +17,7 @@ PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
+SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -30,8 +31,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / P = - dL/d(rejected); the
     reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes.
     """
-    if len({logps.shape for logps in (policy_chosen_logps, policy_rejected_logps,
-                                      reference_chosen_logps, reference_rejected_logps)}) > 1:
+    if not (policy_chosen_logps.shape == policy_rejected_logps.shape
+            == reference_chosen_logps.shape == reference_rejected_logps.shape):
         raise ValueError("the four log-probabilities must have one shape, (P,)")
     policy_log_ratio = policy_chosen_logps - policy_rejected_logps
     reference_log_ratio = reference_chosen_logps - reference_rejected_logps
@@ -51,7 +52,7 @@ def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected
     is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4)."""
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
-    return [float(np.mean(values)) for values in (
+    return [np.mean(values) for values in (
         chosen, rejected, chosen - rejected, chosen > rejected, policy_chosen, policy_rejected)]
 
 
@@ -75,8 +76,7 @@ def judged_pairs(model, targets, n_answers, prefer, rng):
     """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged. Those
     to one target that are right and preferred are paired off with others, one to one; what is left
     over is dropped."""
-    lines = evaluation.sample(model, np.repeat(targets, n_answers).tolist(), 1.0, rng)
-    paired = []
+    lines, paired = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng), []
     for start in range(0, len(lines), n_answers):
         answers = lines[start:start + n_answers]
         good = [line for line in answers if data.judge(line, prefer).outcome == data.OUTCOMES[0]]
@@ -152,10 +152,12 @@ def measure(policy, reference, pairs, beta, prefer):
     """What a run logs of held-out targets: fixed pairs, under TRL's names, and shares of outcomes.
     Always with the same random numbers: what changes from call to call is the policy."""
     lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, np.random.default_rng(0))
-    with no_grad():
-        log = loss_and_log(policy, reference, pairs, beta)[1].tolist() if len(pairs) else []
-    return {**{f"eval_{name}": value for name, value in zip(LOGGED, log)},
-            "shares": evaluation.metrics(lines, prefer)["shares"]}
+    row = {"shares": evaluation.metrics(lines, prefer)["shares"]}
+    if len(pairs):
+        with no_grad():
+            log = loss_and_log(policy, reference, pairs, beta)[1].tolist()
+        row |= {f"eval_{name}": value for name, value in zip(LOGGED, log)}
+    return row
 
 
 def train_policy(world, arguments):
@@ -176,18 +178,17 @@ def train_policy(world, arguments):
         source = itertools.chain([first], source)
         held_out = judged_pairs(reference, data.HELD_OUT * 10, 8, prefer,
                                 np.random.default_rng(0))[:200]
-        history.append({"round": 0, "pairs": 0,
-                        **measure(policy, reference, held_out, beta, prefer)})
+        start = measure(policy, reference, held_out, beta, prefer)
+        history.append({"round": 0, "pairs": 0, **start})
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
-        if world.rank > 0:
-            continue
-        if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
-            row |= measure(policy, reference, held_out, beta, prefer)
-        history.append(row)
-        progress.show(row["round"], f"{row['pairs']} pairs" + (
-            "  loss {loss:.3f}  margin {rewards/margins:.2f}  accuracy {rewards/accuracies:.2f}"
-            .format(**row) if row["pairs"] else ""))
+        if world.rank == 0:
+            if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
+                row |= measure(policy, reference, held_out, beta, prefer)
+            history.append(row)
+            text = f"{row['pairs']} pairs" + "".join(
+                f"  {name} {row[key]:.3f}" for name, key in SHOWN.items() if key in row)
+            progress.show(row["round"], text)
     return policy, reference, history, progress.seconds()
 
 
@@ -229,8 +230,7 @@ def main(argv=None):
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
 
     policy.save(out)
-    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "metrics": rows,
-                         "history": history})
+    cli.write_json(log, settings=vars(arguments), seconds=seconds, metrics=rows, history=history)
     import plots  # here, so that --help need not wait for matplotlib
     plots.distribution(rows, terms_picture)
     plots.dpo_training(history, training_picture)

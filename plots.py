@@ -90,13 +90,11 @@ def stacked_outcomes(ax, history, title="what the policy answers to held-out tar
 def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
     figure, (loss, accuracy, margin, rewards, outcomes, pairs) = axes(2, 3, size=(14, 8.4))
-    curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2",
-           ylabel="loss (nats per pair)")
+    losses = [row["loss"] for row in history if row["pairs"]] or [math.log(2)]
+    curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
+           ylabel="loss (nats per pair)",
+           ylim=(0, max(0.8, 1.2 * np.quantile(losses, 0.99))))  # a round of one pair stands out
     loss.axhline(math.log(2), color=GREY, linewidth=1)
-    losses = [math.log(2), *(row["loss"] for row in history if row["pairs"])]
-    loss.set_ylim(0, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
-    loss.annotate("ln 2: policy = reference", (0.98, math.log(2)), (0, 4), color="#555555",
-                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
            title="accuracy: chosen reward above rejected", ylabel="share of pairs")
     curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",

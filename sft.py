@@ -23,15 +23,14 @@ def completion_logps(model, ids):
 
 
 def sft_loss(model, ids, n_tokens=None):
-    """- mean over completion tokens of log p(token | tokens before it): int (B, T) -> scalar. A
-    shard of a larger batch passes the number of completion tokens of the whole batch, `n_tokens`:
-    the losses of the shards then add up to that of the batch."""
+    """- mean over completion tokens of log p(token | tokens before it): int (B, T) -> scalar. With
+    `n_tokens`, the completion tokens of a whole batch, losses of its shards add up to its loss."""
     return -completion_logps(model, ids).sum() / (n_tokens or data.completion_mask(ids).sum())
 
 
 def excess_nats(model, targets, rng, n=4000):
-    """How much less likely the model makes lines of these targets than the rule that makes them, in
-    nats a line, mean over n lines: KL(rule || model), 0 for a perfect model. The rule draws one of
+    """KL(rule || model) in nats a line, from n lines of these targets: how much less likely the
+    model makes them than the rule that makes them; 0 for a perfect model. The rule draws one of
     four counts k, then one of binomial(m - 1, k - 1) splits of the target m."""
     excess = 0.0
     for ids in data.by_length(data.random_lines(n, rng, targets), 4 * SHARD):
@@ -43,9 +42,8 @@ def excess_nats(model, targets, rng, n=4000):
 
 
 def train(model, batches, steps, lr, world=World()):
-    """The SFT loop, in every process of `world`: trains `model` in place on lines, int (B, T), that
-    `batches` yields, the same in every process. Yields the loss of each step. Raises UserError when
-    it is no longer finite."""
+    """The SFT loop: trains `model` in place on `batches` of lines, int (B, T), the same in every
+    process of `world`. Yields each step's loss. Raises UserError when it is no longer finite."""
     parameters = model.parameters()
     # Without weight decay some targets that were never trained on stay wrong for good.
     optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -75,8 +73,7 @@ def train_new_model(world, config, arguments):
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
         if world.rank == 0:
-            speed = len(losses) * arguments.batch_size / progress.seconds()
-            progress.show(len(losses), f"loss {loss:.3f}  {speed:,.0f} lines/s")
+            progress.show(len(losses), f"loss {loss:.3f}")
     return model, losses, progress.seconds()
 
 
@@ -107,8 +104,8 @@ def main(argv=None):
     rows = evaluation.evaluate({str(out): model})
     excess = {name: excess_nats(model, targets, np.random.default_rng(0)) for name, targets in
               (("trained", data.TRAINING), ("held-out", data.HELD_OUT))}
-    cli.write_json(log, {"settings": vars(arguments), "seconds": seconds, "metrics": rows,
-                         "excess_nats": excess, "history": {"loss": losses}})
+    cli.write_json(log, settings=vars(arguments), seconds=seconds, metrics=rows,
+                   excess_nats=excess, history={"loss": losses})
     import plots  # here, so that --help need not wait for matplotlib
     plots.sft_loss(losses, picture)
     print(f"\n{evaluation.table(rows)}\n")

@@ -1,6 +1,8 @@
 """The model as a whole: gradients, sampling, and checkpoints good and bad."""
+import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import pickle
 import tracemalloc
@@ -100,14 +102,13 @@ def test_parameters_are_in_order_start_as_they_should_and_come_from_the_seed():
 
 def test_config_is_a_constant_of_whole_numbers_that_fit_together():
     for field in GOOD:
-        for value in (0, -1, 1.5, 8.0, "8", True, None, float("nan")):
+        for value in (0, -1, 1.5, 8.0, "8", True, None, float("nan"), np.int64(8)):
             with pytest.raises(ValueError, match=f"{field} must be a whole number"):
                 Config(**{**GOOD, field: value})
-    for d_model, n_heads in np.argwhere(np.arange(17)[:, None] % np.arange(2, 17, 2)) + [0, 1]:
-        with pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
+    for d_model, n_heads in itertools.product(range(1, 17), range(1, 8)):
+        with contextlib.nullcontext() if d_model % (2 * n_heads) == 0 else pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
             Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads})
-    config = Config(*map(np.int64, GOOD.values()))
-    assert config == Config(**GOOD) and json.loads(json.dumps(vars(config))) == GOOD
+    config = Config(**GOOD)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.d_model = 16
 

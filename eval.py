@@ -63,12 +63,13 @@ def table(rows):
     width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
     lines = [f"{'checkpoint':{width}}  mode     targets   answers   both  exact  preferred  format"
              f"  error  % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
-    layout = ("{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
-              "{preferred:9.3f}  {format:6.3f}  {error:>5}         {percent}")
     for row in rows:
         error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
         percent = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
-        lines.append(layout.format(**row, width=width, error=error, percent=percent))
+        lines.append(
+            "{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
+            "{preferred:9.3f}  {format:6.3f}  {:>5}         {}".format(
+                error, percent, width=width, **row))
     return "\n".join(lines)
 
 
@@ -102,12 +103,6 @@ def credit(policy, reference, line, beta):
             "tokens": list(zip(tokens, rewards.tolist()))}
 
 
-def credit_lines(row):
-    """One of `credit` as text."""
-    tokens = "  ".join(f"{token} {reward:+.2f}" for token, reward in row["tokens"])
-    return f"{row['line']}  reward {row['reward']:+.2f}\n  {tokens}"
-
-
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
     if not path.exists():
@@ -129,15 +124,14 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT",
         help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
-    add("--prompt", type=cli.whole(5, 100), metavar="TARGET",
-        help="answer this target instead of measuring")
+    add("--prompt", type=cli.whole(5, 100), metavar="TARGET", help="answer it and stop")
     add("--samples", type=cli.whole(1),
         help="answers sampled for each target (default: 50, or 5 with --prompt)")
     add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--tokens", type=line_ids, nargs="+", metavar="LINE",
-        help="show the rewards of two lines, 100=10+70+20 100=50+50, token by token; tokens.png "
-             "goes beside the second checkpoint; name checkpoints before this flag")
+        help="draw the rewards of two lines, 100=10+70+20 100=50+50, token by token: tokens.png "
+             "beside the second checkpoint; name checkpoints before this flag")
     add("--beta", type=cli.positive, default=0.8, help="for --tokens")
     add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples")
     add("--json", action="store_true", help="print JSON")
@@ -161,13 +155,12 @@ def main(argv=None):
         cli.outputs(picture)
         rows = [credit(policy, reference, line, arguments.beta) for line in arguments.tokens]
         plots.credit(rows, picture)
-        text = "\n".join([*map(credit_lines, rows), f"wrote {picture}"])
+        text = "\n".join(f"{row['line']}  reward {row['reward']:+.2f}" for row in rows)
+        text += f"\nwrote {picture}"
     elif arguments.prompt:
-        rows = [{"checkpoint": name, **row} for name, model in models.items() for row in
-                answers_to(model, arguments.prompt, arguments.samples or 5, temperature, seed,
-                           prefer)]
-        width = max(map(len, models))
-        text = "\n".join(f"{row['checkpoint']:{width}}  {answer_line(row)}" for row in rows)
+        rows = [{"checkpoint": name, **row} for name, model in models.items() for row in answers_to(
+            model, arguments.prompt, arguments.samples or 5, temperature, seed, prefer)]
+        text = "\n".join(f"{row['checkpoint']}  {answer_line(row)}" for row in rows)
     else:
         rows = evaluate(models, seed, prefer, arguments.samples or ANSWERS, temperature)
         text = table(rows)

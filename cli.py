@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -54,13 +53,11 @@ def run(main):
 def _stop(*_):
     """Ctrl-C ends the program at once; an exception could get lost in a callback, or abort C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if multiprocessing.parent_process() is None:  # not in a process that has just been started
-        for process in multiprocessing.active_children():
-            process.kill()
-        for part in list(_unfinished):
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-        os.write(2, b"stopped\n")
+    for process in multiprocessing.active_children():
+        process.kill()
+    for part in list(_unfinished):
+        part.unlink(missing_ok=True)
+    os.write(2, b"stopped\n")
     os._exit(130)
 
 
@@ -122,7 +119,7 @@ _unfinished = set()  # files that are being written
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, keep=True):
     """A binary file that takes its place at `path` only once it is complete and on disk."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +130,8 @@ def atomic_write(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        if keep:
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
         _unfinished.discard(part)
@@ -153,10 +151,9 @@ def outputs(path, *endings):
         try:
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.stat(file).st_mode):  # it also tells if the name is too long
-                    raise UserError(f"{file} is not a regular file; choose another name")
-            folder = Path(os.path.realpath(file)).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+                    raise OSError(0, "it is not a regular file")
+            with atomic_write(file, keep=False):
+                pass
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}; choose another name") from None
     return files[1:]

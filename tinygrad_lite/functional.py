@@ -2,8 +2,7 @@
 
 Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
 positions, D features, H heads of width d, F hidden features, V tokens in the vocabulary. In
-derivations g = dL/d(result), L the loss.
-"""
+derivations g = dL/d(result), L the loss."""
 import numpy as np
 
 from .tensor import Tensor

@@ -7,9 +7,9 @@ from .tensor import Tensor
 
 
 class Adam:
-    """Adam with bias correction (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype; a step
-    also shrinks matrices by lr * weight_decay (Loshchilov & Hutter 2019, Algorithm 2). Raises
-    TypeError unless `parameters` is a list of Tensors."""
+    """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, no vectors, also
+    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). Raises TypeError
+    unless `parameters` is a list of Tensors."""
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")

@@ -1,8 +1,7 @@
-"""One program in several processes: each computes its share of a batch, gradients are added up.
+"""One program in several processes, each on its share of a batch; their gradients are added up.
 
-As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
-same optimizer steps; only sums travel. Threads would wait for Python's lock after every op.
-"""
+As in torch.nn.parallel.DistributedDataParallel, all hold the same weights and take the same steps.
+Only sums travel. Threads would wait for Python's lock after every op."""
 import contextlib
 import multiprocessing.resource_tracker
 import signal
@@ -43,8 +42,7 @@ class World:
         """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
         total = self.all_reduce(np.concatenate([  # one vector: every sum is a wait
             (np.zeros_like(p.data) if p.grad is None else p.grad).ravel() for p in parameters]))
-        ends = np.cumsum([p.size for p in parameters])
-        for p, grad in zip(parameters, np.split(total, ends)):
+        for p, grad in zip(parameters, np.split(total, np.cumsum([p.size for p in parameters]))):
             p.grad = grad.reshape(p.shape)
 
     def wait_for_all(self):
@@ -65,10 +63,10 @@ class World:
 
 
 def launch(world_size, function, *arguments):
-    """Run function(world, *arguments) in world_size processes, and return what it returns in this
-    one, rank 0. An exception in any ends all and is raised here, ChildProcessError if one was
-    killed. Where processes start afresh (macOS, Windows), `function` must stand at the top of a
-    module, the arguments must be plain values, a script needs `if __name__ == "__main__"`."""
+    """Run function(world, *arguments) in world_size processes; return what it returns in this one,
+    rank 0. An exception in any ends all and is raised here, ChildProcessError if one was killed.
+    Where processes start afresh (macOS, Windows), `function` must stand at the top of a module, and
+    take plain values; a script needs `if __name__ == "__main__"`."""
     if world_size == 1:
         return function(World(), *arguments)
     buffer, processes, pipes = multiprocessing.RawArray("B", world_size * CHUNK), [], []

@@ -2,8 +2,7 @@
 
 An op computes `out` with NumPy and returns Tensor(out, parents=..., backward=...). That function
 turns dL/d(out), L the loss, into dL/d(parent) for each parent: the chain rule. It never writes into
-what it is given, which another op may hold, too.
-"""
+what it is given, which another op may hold, too."""
 import contextlib
 import contextvars
 import heapq
@@ -18,7 +17,7 @@ _serial_numbers = itertools.count()
 
 @contextlib.contextmanager
 def no_grad():
-    """Inside this context nothing is recorded, in this thread: results need no gradient."""
+    """A context in which this thread records nothing: results need no gradient."""
     token = _recording.set(False)
     try:
         yield
@@ -31,7 +30,6 @@ class Tensor:
     stay so, other real numbers become float32, TypeError for all else. It is not copied: changed in
     place before backward(), it makes gradients wrong, silently. `grad`: None, or an array like data
     to which backward() adds. Operands broadcast as in NumPy; all but Tensors are constants."""
-    __slots__ = ("data", "grad", "requires_grad", "parents", "backward_fn", "serial", "__weakref__")
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):

@@ -176,8 +176,9 @@ def train_policy(world, arguments):
         for chosen, rejected in first[:3]:
             print(f"chosen {data.decode(chosen):{data.MAX_LEN}} rejected {data.decode(rejected)}")
         source = itertools.chain([first], source)
-        held_out = judged_pairs(reference, data.HELD_OUT * 10, 8, prefer,
-                                np.random.default_rng(0))[:200]
+        fixed = np.random.default_rng(0)  # ten pairs of each held-out target
+        held_out = np.concatenate([judged_pairs(reference, [target] * 20, 8, prefer, fixed)[:10]
+                                   for target in data.HELD_OUT])
         start = measure(policy, reference, held_out, beta, prefer)
         history.append({"round": 0, "pairs": 0, **start})
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,

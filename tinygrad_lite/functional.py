@@ -89,9 +89,7 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
     total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
-    out = np.empty(heads.shape[1:], qkv.dtype)  # (H, d, B, T)
-    np.matmul(v, scores, out=out.swapaxes(1, 2))
-    out /= total
+    out = np.divide((v @ scores).swapaxes(1, 2), total, order="C")  # (H, d, B, T)
 
     def backward(grad):
         grad = grad.reshape(out.shape) / total  # G
@@ -99,11 +97,8 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
         grad_scores, grad_rows = _products(v, grad)  # one array: V^T G, then dL/dS
         grad_rows -= dot.ravel()
         grad_rows *= rows
-        grad_heads = np.empty_like(heads)
-        grad_q, grad_k, grad_v = grad_heads.swapaxes(2, 3)  # (H, B, d, T)
-        np.matmul(k, grad_scores, out=grad_q)
-        np.matmul(q, grad_scores.mT, out=grad_k)
-        np.matmul(grad, scores.mT, out=grad_v)
+        grad_heads = np.stack([k @ grad_scores, q @ grad_scores.mT, grad @ scores.mT])
+        grad_heads = grad_heads.swapaxes(2, 3)  # (3, H, d, B, T)
         grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)  # R^T; both hold 1 / d^(1/4)
         return (grad_heads.reshape(qkv.shape),)
     return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)

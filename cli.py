@@ -63,7 +63,6 @@ def _stop(*_):
 
 class Parser(argparse.ArgumentParser):
     """argparse, with every default in --help, and UserError for a mistake."""
-
     def __init__(self, description):
         super().__init__(sys.argv[0], description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -99,7 +98,6 @@ def add_training_flags(parser, out):
 
 class Progress:
     """A line every five seconds that tells how a run goes."""
-
     def __init__(self, total, unit):
         self.total, self.unit, self.started, self.next = total, unit, time.perf_counter(), 0.0
 

@@ -35,11 +35,6 @@ def decode(ids):
     return "".join(VOCAB[i] for i in ids if i not in (END, PAD))
 
 
-def encode_prompt(target):
-    """`100=` as ids."""
-    return encode(f"{target}=")
-
-
 def pad(lines, length=None):
     """Lists of ids as one array (N, T), padded on the right, to the longest or to `length`."""
     ids = np.full((len(lines), length or max(map(len, lines))), PAD)

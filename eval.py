@@ -21,7 +21,7 @@ def sample(model, targets, temperature, rng):
     end token. A line that has filled data.MAX_LEN stops without one."""
     lines = []
     for start in range(0, len(targets), CHUNK):
-        prompts = [data.encode_prompt(target) for target in targets[start:start + CHUNK]]
+        prompts = [data.encode(f"{target}=") for target in targets[start:start + CHUNK]]
         room = data.MAX_LEN - min(map(len, prompts))
         answers = model.generate(prompts, room, temperature, rng)
         lines += [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]

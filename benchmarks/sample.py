@@ -55,7 +55,7 @@ CONTESTANTS = {"cache": (cache, [(1, 1), (CORES, 1)]), "no_cache": (no_cache, [(
 def work(world, way, threads, n_prompts, arguments):
     """One turn of one contestant: its first answers, and the time of every run."""
     targets = [10 + i % 90 for i in range(n_prompts)]  # Hugging Face would pad shorter prompts
-    prompts = [data.encode_prompt(target) for target in targets]
+    prompts = [data.encode(f"{target}=") for target in targets]
     decode = way(new_model(SIZES["default"]), arguments.new_tokens, threads)
 
     def answer():

@@ -20,12 +20,11 @@ def assert_uniform(counts):
     assert ((counts - expected) ** 2 / expected).sum() <= free + 5 * math.sqrt(2 * free)
 
 
-@given(texts, st.lists(st.sampled_from([data.END, data.PAD]), max_size=4), st.integers(0, 999))
-def test_decoding_undoes_encoding_and_drops_end_and_pad(text, rest, target):
+@given(texts, st.lists(st.sampled_from([data.END, data.PAD]), max_size=4))
+def test_decoding_undoes_encoding_and_drops_end_and_pad(text, rest):
     ids = data.encode(text)
     assert len(ids) == len(text) and not {data.END, data.PAD} & set(ids)
     assert data.decode(np.array(ids + rest, int)) == text
-    assert data.encode_prompt(target) == [*map(data.VOCAB.index, str(target)), data.EQUALS]
 
 
 @given(texts, st.characters().filter(lambda c: c not in "0123456789+="))
@@ -101,7 +100,7 @@ def test_targets_and_counts_of_random_lines_are_uniform_and_independent():
                 min_size=1))
 def test_the_mask_covers_what_the_model_is_to_write_and_no_padding_but_its_own(answers):
     """Padding that it wrote itself counts: else DPO could never reject an answer for it."""
-    lines = [data.encode_prompt(target) + rest + [data.END] for target, rest in answers]
+    lines = [data.encode(f"{target}=") + rest + [data.END] for target, rest in answers]
     ids = data.pad(lines, 14)
     assert ids.tolist() == [line + [data.PAD] * (14 - len(line)) for line in lines]
     assert np.array_equal(data.pad(lines), ids[:, :max(map(len, lines))])

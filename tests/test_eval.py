@@ -31,7 +31,7 @@ def test_a_sample_answers_every_target_in_its_place(temperature):
     targets = [5, 100, 42] * 200  # more than one chunk
     lines = evaluation.sample(model(), targets, temperature, np.random.default_rng(0))
     for target, line in zip(targets, lines, strict=True):
-        prompt = data.encode_prompt(target)
+        prompt = data.encode(f"{target}=")
         assert line[:len(prompt)] == prompt and len(prompt) < len(line) <= data.MAX_LEN
         assert line[-1] == data.END or len(line) == data.MAX_LEN
     if temperature == 0:

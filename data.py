@@ -78,16 +78,14 @@ def random_line(target, count, rng):
 
 
 def random_lines(n, rng, targets=TRAINING):
-    """n lines as ids (n, T), padded on the right: target, count and split all uniform. `rng` is a
-    NumPy Generator."""
+    """n lines as ids (n, T): target, count and split all uniform. `rng` is a NumPy Generator."""
     rng = random.Random(int(rng.integers(2 ** 63)))
     return pad([random_line(target, count, rng) for target, count in
                 zip(rng.choices(targets, k=n), rng.choices(COUNTS, k=n))])
 
 
 def lengths(ids):
-    """Tokens of each line (..., T) up to its last that is not padding -> (...). A pad token before
-    that, which only a model can have written, counts."""
+    """Tokens of each line up to its last that is not padding: (..., T) -> (...)."""
     return ids.shape[-1] - (ids != PAD)[..., ::-1].argmax(axis=-1)
 
 

@@ -17,7 +17,6 @@ PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
-SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -29,8 +28,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
     Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected). The
     gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / P = - dL/d(rejected); the
-    reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes.
-    """
+    reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes."""
     if not (policy_chosen_logps.shape == policy_rejected_logps.shape
             == reference_chosen_logps.shape == reference_rejected_logps.shape):
         raise ValueError("the four log-probabilities must have one shape, (P,)")
@@ -74,8 +72,7 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 
 def judged_pairs(model, targets, n_answers, prefer, rng):
     """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged. Those
-    to one target that are right and preferred are paired off with others, one to one; what is left
-    over is dropped."""
+    to a target that are right and preferred are paired off with others; what is left is dropped."""
     lines, paired = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng), []
     for start in range(0, len(lines), n_answers):
         answers = lines[start:start + n_answers]
@@ -87,16 +84,16 @@ def judged_pairs(model, targets, n_answers, prefer, rng):
 
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
-    then, answers anew, for min(fresh_every, 50) rounds. If that many have passed and new answers
-    are not due yet, the same pairs are shuffled and used again."""
+    then, answers anew, for min(fresh_every, 50) rounds. If these have passed and new answers are
+    not due yet, the same pairs are shuffled and used again."""
     n_rounds = min(fresh_every, 50)
-    for i in itertools.count():
-        if i % fresh_every == 0:
+    for i in itertools.cycle(range(fresh_every)):
+        if i == 0:
             targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
             pairs = judged_pairs(policy, targets, n_answers, prefer, rng)
-        if i % fresh_every % n_rounds == 0:
+        if i % n_rounds == 0:
             parts = np.array_split(rng.permutation(pairs), n_rounds)
-        yield parts[i % fresh_every % n_rounds]
+        yield parts[i % n_rounds]
 
 
 def rule_rounds(n_pairs, prefer, rng):
@@ -115,9 +112,8 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
     """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
     which every process has its own. Trains `policy` in place; `reference` is only read.
     Yields a log a round, a dict about the pairs of all processes before the step: at first policy
-    and reference are one, the loss is ln 2. A round without pairs is skipped, its log says 0
-    "pairs"; after PATIENCE of them in a row training ends. Raises UserError when the loss is no
-    longer finite."""
+    and reference are one, the loss is ln 2. A round without pairs is skipped; after PATIENCE of
+    them in a row training ends. Raises UserError when the loss is no longer finite."""
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
     empty = 0
@@ -152,17 +148,14 @@ def measure(policy, reference, pairs, beta, prefer):
     """What a run logs of held-out targets: fixed pairs, under TRL's names, and shares of outcomes.
     Always with the same random numbers: what changes from call to call is the policy."""
     lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, np.random.default_rng(0))
-    row = {"shares": evaluation.metrics(lines, prefer)["shares"]}
-    if len(pairs):
-        with no_grad():
-            log = loss_and_log(policy, reference, pairs, beta)[1].tolist()
-        row |= {f"eval_{name}": value for name, value in zip(LOGGED, log)}
-    return row
+    with no_grad():
+        log = loss_and_log(policy, reference, pairs, beta)[1].tolist() if len(pairs) else []
+    return {**{f"eval_{name}": value for name, value in zip(LOGGED, log)},
+            "shares": evaluation.metrics(lines, prefer)["shares"]}
 
 
 def train_policy(world, arguments):
-    """What every process runs: from the SFT checkpoint to a trained policy. Returns policy,
-    reference, history and seconds."""
+    """What every process runs. Returns the trained policy, the reference, history and seconds."""
     reference, policy = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
     beta, prefer, rounds = arguments.beta, arguments.prefer, arguments.rounds
     rng = np.random.default_rng([arguments.seed, world.rank])
@@ -188,7 +181,7 @@ def train_policy(world, arguments):
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
             text = f"{row['pairs']} pairs" + "".join(
-                f"  {name} {row[key]:.3f}" for name, key in SHOWN.items() if key in row)
+                f"  {name} {row[name]:.3f}" for name in LOGGED[:5] if name in row)
             progress.show(row["round"], text)
     return policy, reference, history, progress.seconds()
 

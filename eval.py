@@ -66,10 +66,9 @@ def table(rows):
     for row in rows:
         error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
         percent = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
-        lines.append(
-            "{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
-            "{preferred:9.3f}  {format:6.3f}  {:>5}         {}".format(
-                error, percent, width=width, **row))
+        layout = ("{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
+                  "{preferred:9.3f}  {format:6.3f}  {:>5}         {}")
+        lines.append(layout.format(error, percent, width=width, **row))
     return "\n".join(lines)
 
 

@@ -93,8 +93,7 @@ class Transformer:
         """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
         Greedy at temperature 0, else sampled from softmax(logits / temperature) with `rng`, a NumPy
         Generator. All rows advance together, a column a step; one with a longer prompt is still fed
-        it while others write: no padding is read. Raises ValueError for an empty prompt, or where
-        temperature and rng do not fit together."""
+        it while others write: no padding is read. ValueError for an empty prompt or without rng."""
         if not temperature >= 0 or temperature and rng is None:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
@@ -133,8 +132,7 @@ class Transformer:
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint. Raises OSError for a file that cannot be read, UserError, a
-        ValueError, for one that is no checkpoint of this edition."""
+        """The model of a checkpoint. Raises OSError where it cannot be read, else UserError."""
         with open(path, "rb") as file:
             try:
                 config, arrays = _read_checkpoint(file)

@@ -136,8 +136,8 @@ def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch, se
     dpo.train_policy(World(), dpo.parse_arguments([*RUNS["dpo"], "--rounds", "4"]))
     monkeypatch.undo()
     lines = [line for line in capsys.readouterr().out.splitlines() if "chosen" not in line]
-    assert [int(re.fullmatch(r"round [1-4]/4  ([04]) pairs(  loss [0-9.]+  margin -?[0-9.]+  "
-                             r"accuracy [0-9.]+)?  [0-9]+:[0-5][0-9] left", line)[1])
+    assert [int(re.fullmatch(r"round [1-4]/4  ([04]) pairs(  loss [0-9.]+(  rewards/[a-z]+ "
+                             r"-?[0-9.]+){4})?  [0-9]+:[0-5][0-9] left", line)[1])
             for line in lines] == shown
 
 

@@ -106,8 +106,7 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
 
 def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
     """causal_attention for one more position of each line: (3D, B) -> (D, B). `keys` and `values`,
-    (max_len, H, d, B), hold those before; this one's are stored at `position`. Raises RuntimeError
-    where a gradient is wanted."""
+    (max_len, H, d, B), hold those before, and get its own. Raises RuntimeError outside no_grad."""
     if qkv.requires_grad:
         raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
     heads = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (3, H, d, B)

@@ -17,6 +17,7 @@ PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
+SHOWN = {"loss", "rewards/margins", "rewards/accuracies"}  # every few seconds
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -70,27 +71,36 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 
 # Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.
 
-def judged_pairs(model, targets, n_answers, prefer, rng):
-    """Pairs of the model's own answers, n_answers to each of the targets, sampled and judged. Those
-    to a target that are right and preferred are paired off with others; what is left is dropped."""
-    lines, paired = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng), []
-    for start in range(0, len(lines), n_answers):
-        answers = lines[start:start + n_answers]
-        good = [line for line in answers if data.judge(line, prefer).outcome == data.OUTCOMES[0]]
-        others = [line for line in answers if line not in good]
+def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
+    """Pairs of answers to the targets, n_answers sampled from the model to each, and judged: those
+    that are right and preferred, of the model or of `good_from`, another one, are paired off with
+    others of the model to the same target. What is left over is dropped."""
+    def is_good(line):
+        return data.judge(line, prefer).outcome == data.OUTCOMES[0]
+    asked, paired = np.repeat(targets, n_answers), []
+    lines = evaluation.sample(model, asked, 1.0, rng)
+    good_lines = evaluation.sample(good_from, asked, 1.0, rng) if good_from else lines
+    for i in range(0, len(lines), n_answers):
+        good = filter(is_good, good_lines[i:i + n_answers])
+        others = itertools.filterfalse(is_good, lines[i:i + n_answers])
         paired += itertools.chain(*zip(good, others))
     return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
 
-def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
+def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew, for min(fresh_every, 50) rounds. If these have passed and new answers are
-    not due yet, the same pairs are shuffled and used again."""
+    not due yet, the same pairs are shuffled and used again. For a tenth of the targets the good
+    answers are the reference's: else none that the policy no longer writes would ever be chosen,
+    and it would come to write few of all good answers."""
     n_rounds = min(fresh_every, 50)
     for i in itertools.cycle(range(fresh_every)):
         if i == 0:
             targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-            pairs = judged_pairs(policy, targets, n_answers, prefer, rng)
+            n = -(-len(targets) // 10)
+            pairs = np.concatenate([
+                judged_pairs(policy, targets[n:], n_answers, prefer, rng),
+                judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])
         if i % n_rounds == 0:
             parts = np.array_split(rng.permutation(pairs), n_rounds)
         yield parts[i % n_rounds]
@@ -161,7 +171,7 @@ def train_policy(world, arguments):
     rng = np.random.default_rng([arguments.seed, world.rank])
     n_prompts = len(world.share(range(arguments.prompts)))  # of this process
     source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
-              sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
+              sampled_rounds(policy, reference, n_prompts, arguments.answers, prefer, rng,
                              arguments.fresh_every if arguments.pairs == "online" else rounds))
     history, progress = [], cli.Progress(rounds, "round")
     if world.rank == 0:
@@ -180,9 +190,8 @@ def train_policy(world, arguments):
             if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
-            text = f"{row['pairs']} pairs" + "".join(
-                f"  {name} {row[name]:.3f}" for name in LOGGED[:5] if name in row)
-            progress.show(row["round"], text)
+            text = "".join(f"  {name} {row[name]:.2f}" for name in LOGGED if name in SHOWN & {*row})
+            progress.show(row["round"], f"{row['pairs']} pairs{text}")
     return policy, reference, history, progress.seconds()
 
 

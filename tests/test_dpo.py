@@ -179,14 +179,19 @@ def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, 
                             for t in (50, 60) for chosen, rejected in paired]
     assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 6 + [60] * 6
     assert len(dpo.judged_pairs(Scripted(RIGHT), [50, 60], 5, 3, rng)) == 0
+    policy, reference = Scripted(AGAIN, OTHER, OTHER), Scripted(WRONG, RIGHT, BROKEN)
+    pairs = dpo.judged_pairs(policy, [50], 3, 3, rng, good_from=reference)
+    assert texts(pairs) == [(f"50={RIGHT(50)}", f"50={OTHER(50)}")]
 
 
 def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
-    rng, online, once = np.random.default_rng(0), Scripted(RIGHT, OTHER), Scripted(RIGHT, OTHER)
-    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, 4, 2, 3, rng)):
-        assert len(pairs) == 4 and len(online.asked) == 4 * 2 * i
-    assert online.asked[:8] != online.asked[8:16]
-    rounds = dpo.sampled_rounds(once, 4, 2, 3, rng, fresh_every=1000)
+    rng = np.random.default_rng(0)
+    online, once, reference = (Scripted(RIGHT, OTHER) for _ in range(3))
+    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, reference, 14, 2, 3, rng)):
+        assert len(pairs) == 14 and len(online.asked) == 14 * 2 * i
+        assert online.asked[-4:] == reference.asked[-4:] and len(reference.asked) == 2 * 2 * i
+    assert online.asked[:28] != online.asked[28:56]
+    rounds = dpo.sampled_rounds(once, reference, 4, 2, 3, rng, fresh_every=1000)
     parts = [texts(next(rounds)) for _ in range(100)]
     assert len(once.asked) == 50 * 4 * 2 and set(map(len, parts)) == {4}  # as online
     first, again = sum(parts[:50], []), sum(parts[50:], [])

@@ -42,7 +42,8 @@ def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, step
         history.append(grads)
         assert all(p.grad is None or np.array_equal(p.grad, g) for p, g in zip(parameters, grads))
     for p, theta, grads in zip(parameters, before, zip(*history)):
-        assert {x.dtype for x in (*optimizer.mean, *optimizer.square)} == {p.dtype} == {np.dtype(dtype)}
+        moments = optimizer.mean + optimizer.square
+        assert {x.dtype for x in moments} == {p.dtype} == {np.dtype(dtype)}
         expected = adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay if p.ndim > 1 else 0)
         assert np.allclose(p.data, expected, **dict.fromkeys(("rtol", "atol"), tolerance))
     optimizer.zero_grad()

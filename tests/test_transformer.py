@@ -1,5 +1,4 @@
 """The model as a whole: gradients, sampling, and checkpoints good and bad."""
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -106,7 +105,10 @@ def test_config_is_a_constant_of_whole_numbers_that_fit_together():
             with pytest.raises(ValueError, match=f"{field} must be a whole number"):
                 Config(**{**GOOD, field: value})
     for d_model, n_heads in itertools.product(range(1, 17), range(1, 8)):
-        with contextlib.nullcontext() if d_model % (2 * n_heads) == 0 else pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
+        if d_model % (2 * n_heads) == 0:
+            assert Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads}).d_model == d_model
+            continue
+        with pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
             Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads})
     config = Config(**GOOD)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -207,7 +207,7 @@ def parse_arguments(argv):
     add("--sft-weight", type=cli.positive, default=0.0,
         help="how much of the SFT loss of the chosen answers to add")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--rounds", type=cli.whole(1), default=2400, help="rounds of pairs, with one step each")
+    add("--rounds", type=cli.whole(1), default=3000, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
     add("--lr", type=cli.positive, default=1.2e-4, help="peak learning rate of Adam")

@@ -80,9 +80,9 @@ def curves(ax, history, names, **labels):
 def stacked_outcomes(ax, history, title="what the policy answers to held-out targets"):
     """Shares of the outcomes of answers, stacked, over the rounds of a DPO run."""
     rows = [row for row in history if "shares" in row]
-    ax.stackplot([row["round"] for row in rows],
-                 [[100 * row["shares"][outcome] for row in rows] for outcome in data.OUTCOMES],
-                 labels=data.OUTCOMES, colors=[GREEN, BLUE, RED, GREY])
+    shares = [[100 * row["shares"][outcome] for row in rows] for outcome in data.OUTCOMES]
+    ax.stackplot([row["round"] for row in rows], shares, labels=data.OUTCOMES,
+                 colors=[GREEN, BLUE, RED, GREY])
     ax.set(title=title, xlabel="round", ylabel="share of answers (%)", ylim=(0, 100))
     legend_below(ax)
 
@@ -91,23 +91,20 @@ def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
     figure, (loss, accuracy, margin, rewards, outcomes, pairs) = axes(2, 3, size=(14, 8.4))
     losses = [row["loss"] for row in history if row["pairs"]] or [math.log(2)]
+    top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
     curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
-           ylabel="loss (nats per pair)",
-           ylim=(0, max(0.8, 1.2 * np.quantile(losses, 0.99))))  # a round of one pair stands out
+           ylabel="nats per pair", ylim=(0, top))
     loss.axhline(math.log(2), color=GREY, linewidth=1)
     curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
            title="accuracy: chosen reward above rejected", ylabel="share of pairs")
     curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
            title="margin: chosen reward minus rejected")
-    curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "),
-                              "rewards/rejected": (RED, "rejected, ")},
-           title="rewards: beta log(policy / reference)", ylabel="beta x nats")
-    rewards.axhline(0, color=GREY, linewidth=1)
+    curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (
+        RED, "rejected, ")}, title="rewards: beta log(policy / reference)", ylabel="beta x nats")
     stacked_outcomes(outcomes, history)
     pairs.plot([row["round"] for row in history[1:]], [row["pairs"] for row in history[1:]],
                color=BLUE, linewidth=0.8)
-    pairs.set(title="pairs: fewer, as mistakes become rare", xlabel="round",
-              ylabel="pairs in a round", ylim=(0, None))
+    pairs.set(title="pairs in a round: fewer, as mistakes become rare", xlabel="round")
     save(figure, path)
 
 

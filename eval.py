@@ -51,8 +51,8 @@ def evaluate(models, seed=0, prefer=3, answers=ANSWERS, temperature=1.0):
     for name, model in models.items():
         for mode, repeat, scale in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
             for which, targets in (("held-out", data.HELD_OUT), ("all", data.TARGETS)):
-                repeated = [target for target in targets for _ in range(repeat)]
-                lines = sample(model, repeated, scale, np.random.default_rng(seed))
+                rng = np.random.default_rng(seed)
+                lines = sample(model, np.repeat(targets, repeat), scale, rng)
                 rows.append({"checkpoint": name, "mode": mode, "targets": which,
                              **metrics(lines, prefer)})
     return rows
@@ -124,13 +124,11 @@ def parse_arguments(argv):
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT",
         help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
     add("--prompt", type=cli.whole(5, 100), metavar="TARGET", help="answer it and stop")
-    add("--samples", type=cli.whole(1),
-        help="answers sampled for each target (default: 50, or 5 with --prompt)")
+    add("--samples", type=cli.whole(1), help="for each target (default: 50, or 5 with --prompt)")
     add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--tokens", type=line_ids, nargs="+", metavar="LINE",
-        help="draw the rewards of two lines, 100=10+70+20 100=50+50, token by token: tokens.png "
-             "beside the second checkpoint; name checkpoints before this flag")
+        help="draw the rewards of one line or two, 100=10+70+20 100=50+50, token by token")
     add("--beta", type=cli.positive, default=0.8, help="for --tokens")
     add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples")
     add("--json", action="store_true", help="print JSON")

@@ -36,12 +36,8 @@ def run(main):
             sys.stdout.flush()  # also after --help
     except BrokenPipeError:  # `| head -1` has read enough
         code = 1
-    except UserError as error:
-        code, message = 2, str(error)
-    except MemoryError:
-        code, message = 2, "not enough memory; choose smaller sizes"
-    except OSError as error:
-        code, message = 2, f"{error.filename or ''} {error.strerror or error}"
+    except (UserError, OSError, MemoryError) as error:
+        code, message = 2, str(error) or "not enough memory; choose smaller sizes"
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     if code:  # what could not be printed must not be tried again at exit

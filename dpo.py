@@ -89,10 +89,9 @@ def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
 
 def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
-    then, answers anew, for min(fresh_every, 50) rounds. If these have passed and new answers are
-    not due yet, the same pairs are shuffled and used again. For a tenth of the targets the good
-    answers are the reference's: else none that the policy no longer writes would ever be chosen,
-    and it would come to write few of all good answers."""
+    then, answers anew, for min(fresh_every, 50) rounds; if these have passed, pairs are shuffled
+    and used again. For a tenth of the targets the good answers are the reference's: else none that
+    the policy no longer writes would be chosen again, and few of all good answers would be left."""
     n_rounds = min(fresh_every, 50)
     for i in itertools.cycle(range(fresh_every)):
         if i == 0:
@@ -200,12 +199,11 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["online", "once", "rule"], default="online",
-        help="the policy's own answers, judged, sampled afresh for every round; answers sampled "
-             "once, from the SFT model; or right sums by rule, told apart by their number of terms")
+        help="the policy's own answers, sampled afresh for every round; the SFT model's, sampled "
+             "once; or right sums by rule, told apart by their number of terms")
     add("--fresh-every", type=cli.whole(1), default=1, metavar="ROUNDS",
-        help="online: rounds that share the answers they train on")
-    add("--sft-weight", type=cli.positive, default=0.0,
-        help="how much of the SFT loss of the chosen answers to add")
+        help="rounds that share the answers they train on")
+    add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=3000, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")

@@ -55,9 +55,9 @@ def distribution(rows, path):
     for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
         bars = ax.bar([f"{k} terms" for k in data.COUNTS],
                       [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS], color=BLUE)
-        ax.bar_label(bars, fmt="%.0f %%")
-        ax.set(title=f"after {name}: {100 * row['exact']:.0f} % right sums, "
-                     f"{100 * row['preferred']:.0f} % preferred", ylim=(0, 108))
+        ax.bar_label(bars, fmt="%.0f%%")
+        ax.set(ylim=(0, 108), title="after {}: {exact:.0%} right sums, {preferred:.0%} preferred"
+               .format(name, **row))
     grid[0].set_ylabel("answers to held-out targets (%)")
     save(figure, path)
 
@@ -119,10 +119,7 @@ def credit(rows, path):
             ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
         ax.set(xticks=[], yticks=[])
-        ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
-            math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
+        ax.set_title("{line}:  log p_ref {reference_logp:.1f}, log p_policy {policy_logp:.1f},  "
+                     "reward {reward:+.1f}".format(**row), loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
-    if len(rows) > 1:
-        figure.suptitle("where DPO put its credit: a margin of "
-                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
     save(figure, path)

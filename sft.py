@@ -109,8 +109,8 @@ def main(argv=None):
     import plots  # here, so that --help need not wait for matplotlib
     plots.sft_loss(losses, picture)
     print(f"\n{evaluation.table(rows)}\n")
-    print("excess: " + ", ".join(f"{nats:.2f} nats a line on {name} targets"
-                                 for name, nats in excess.items()), "(0 is the rule itself)\n")
+    print("excess over the rule, nats a line: {trained:.2f} on trained targets, {held-out:.2f} on "
+          "held-out ones\n".format(**excess))
     print(f"wrote {out}; next: python dpo.py --beta 0.8 --sft {out}")
 
 

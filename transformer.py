@@ -1,8 +1,6 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
 import dataclasses
-import io
 import json
-import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -146,16 +144,9 @@ class Transformer:
 
 
 def _read_checkpoint(file):
-    """Config and {name: array}. Raises any kind of exception unless the file is what `save` writes.
-    Bytes come before the arrays they fill: a damaged header could ask for any memory."""
-    arrays = {}
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            member = io.BytesIO(archive.read(name))
-            np.lib.format.read_magic(member)  # 1.0, what np.savez writes
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
-            arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
+    """Config and {name: array}. Raises any exception unless the file is what `save` writes."""
+    with np.load(file) as archive:  # it refuses what pickle would have to read
+        arrays = dict(archive)
     fields = json.loads(arrays.pop("config").item())
     config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
     if 6 * config.n_layers + 3 != len(arrays):  # before a list of them is made

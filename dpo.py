@@ -46,27 +46,22 @@ def pair_logps(model, pairs):
     return logps[::2], logps[1::2]
 
 
-def rewards(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """What a run logs of log-probabilities (P,), in the order of LOGGED; means over pairs. A reward
-    is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4)."""
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
-    return [np.mean(values) for values in (
-        chosen, rejected, chosen - rejected, chosen > rejected, policy_chosen, policy_rejected)]
-
-
 def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
     """dpo_loss of pairs, ids (P, 2, T), plus sft_weight times the SFT loss of the chosen answers
-    (Pang et al. 2024, Eq. 1); and the numbers that a run logs, in the order of LOGGED."""
-    policy_logps = pair_logps(policy, pairs)
+    (Pang et al. 2024, Eq. 1); and what a run logs, means over pairs in the order of LOGGED. A
+    reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4)."""
+    chosen, rejected = pair_logps(policy, pairs)
     with no_grad():
-        reference_logps = pair_logps(reference, pairs)
-    loss = dpo_loss(*policy_logps, *reference_logps, beta)
+        reference_chosen, reference_rejected = pair_logps(reference, pairs)
+    loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
     if sft_weight:
         n_tokens = data.completion_mask(pairs[:, 0]).sum(axis=1)  # (P,)
-        loss = loss - sft_weight * (policy_logps[0] / n_tokens).mean()
-    arrays = (logps.numpy() for logps in (*policy_logps, *reference_logps))
-    return loss, np.array([loss.item(), *rewards(*arrays, beta)])
+        loss = loss - sft_weight * (chosen / n_tokens).mean()
+    chosen, rejected = chosen.numpy(), rejected.numpy()
+    rewards = [beta * (chosen - reference_chosen.numpy()),
+               beta * (rejected - reference_rejected.numpy())]  # (P,) each
+    log = loss.numpy(), *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], chosen, rejected
+    return loss, np.array([np.mean(values) for values in log])
 
 
 # Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.

@@ -94,11 +94,9 @@ class Transformer:
         it while others write: no padding is read. ValueError for an empty prompt or without rng."""
         if not temperature >= 0 or temperature and rng is None:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
-        if len(prompts) == 0 or max_new_tokens < 1:
-            return [[] for _ in prompts]
         starts = np.array([len(ids) for ids in prompts])
-        if starts.min() < 1:
-            raise ValueError("a prompt needs at least one token")
+        if not starts.all() or not starts.size:
+            raise ValueError("prompts must be lists of one token or more")
         stops = starts + max_new_tokens  # (B,): lowered to where a row ends
         text, c = data.pad(prompts, stops.max()), self.config  # (B, total)
         going = np.arange(len(prompts))  # the rows that are not finished

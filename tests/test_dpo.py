@@ -138,14 +138,21 @@ def test_prompt_and_padding_get_exactly_no_gradient():
 @given(four_logps, betas)
 def test_logged_names_mean_what_the_field_means(arrays, beta):
     """A reward is beta log(pi / pi_ref), the margin is beta h; a tie is no success."""
+    def log(*arrays):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpo, "pair_logps", lambda logps, pairs: logps)
+            c, r, *reference = map(Tensor, arrays)
+            return dict(zip(dpo.LOGGED, dpo.loss_and_log((c, r), reference, [], beta)[1],
+                            strict=True))
     c, r, ref_c, ref_r = arrays
     chosen, rejected = beta * (c - ref_c), beta * (r - ref_r)
-    assert dict(zip(dpo.LOGGED[1:], dpo.rewards(*arrays, beta), strict=True)) == pytest.approx({
+    assert log(*arrays) == pytest.approx({
+        "loss": dpo.dpo_loss(*map(Tensor, arrays), beta).item(),
         "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
         "rewards/margins": beta * margin(*arrays).mean(),
         "rewards/accuracies": sum(chosen > rejected) / c.size,
         "logps/chosen": c.mean(), "logps/rejected": r.mean()}, abs=1e-9)
-    assert dpo.rewards(c, c, ref_c, ref_c, beta)[3] == 0
+    assert log(c, c, ref_c, ref_c)["rewards/accuracies"] == 0
 
 
 class Scripted:

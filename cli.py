@@ -93,7 +93,7 @@ def add_training_flags(parser, out):
 
 
 class Progress:
-    """A line every five seconds that tells how a run goes."""
+    """Tells how a run goes, a line every five seconds: `text` and the seconds left."""
     def __init__(self, total, unit):
         self.total, self.unit, self.started, self.next = total, unit, time.perf_counter(), 0.0
 
@@ -101,12 +101,10 @@ class Progress:
         return time.perf_counter() - self.started
 
     def show(self, done, text):
-        """Print `text` and the time left after `done` of the total, if it is time to."""
         now = self.seconds()
         if now >= self.next or done == self.total:
             self.next, left = now + 5, math.ceil(now / done * (self.total - done))
-            print(f"{self.unit} {done:,}/{self.total:,}  {text}  {left // 60}:{left % 60:02d} left",
-                  flush=True)
+            print(f"{self.unit} {done:,}/{self.total:,}  {text}  {left} s left", flush=True)
 
 
 _unfinished = set()  # files that are being written

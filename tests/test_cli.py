@@ -137,7 +137,7 @@ def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch, se
     monkeypatch.undo()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round")]
     assert [int(re.fullmatch(r"round [1-4]/4  ([04]) pairs(  loss [0-9.]+(  rewards/[a-z]+ "
-                             r"-?[0-9.]+){2})?  [0-9]+:[0-5][0-9] left", line)[1])
+                             r"-?[0-9.]+){2})?  [0-9]+ s left", line)[1])
             for line in lines] == shown
 
 

@@ -139,8 +139,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
         world.all_reduce_gradients(parameters)
         log = world.all_reduce(log).tolist()
         if not math.isfinite(log[0]):
-            raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr or "
-                                f"--beta")
+            raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
         optimizer.step()

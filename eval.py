@@ -105,8 +105,7 @@ def credit(policy, reference, line, beta):
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
     if not path.exists():
-        raise cli.UserError(f"no checkpoint at {path}; python sft.py writes one in two minutes, "
-                            f"python dpo.py makes another of it")
+        raise cli.UserError(f"no checkpoint at {path}; python sft.py writes one in two minutes")
     model = Transformer.load(path)
     if model.config.vocab_size != len(data.VOCAB):
         raise cli.UserError(f"{path} is not of this task, it has other tokens; name another file")

@@ -23,9 +23,8 @@ class Config:
         for name, value in vars(self).items():
             if type(value) is not int or value < 1:  # a NumPy integer is no JSON
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.d_model % (2 * self.n_heads):
-            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
-                            f"{2 * self.n_heads}; rotary positions turn pairs of features")
+        if self.d_model % (pair := 2 * self.n_heads):  # rotary positions turn pairs of features
+            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = {pair}")
 
 
 def parameter_shapes(config):
@@ -70,8 +69,7 @@ class Transformer:
         ids, config = np.asarray(ids), self.config
         if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
                 and 0 <= ids.min() and ids.max() < config.vocab_size):
-            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}, "
-                             f"not {ids.dtype} {ids.shape}")
+            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}")
         return self._logits(ids.ravel(), lambda qkv, layer: F.causal_attention(
             qkv, config.n_heads, batch=len(ids)))
 
@@ -133,8 +131,8 @@ class Transformer:
             try:
                 config, arrays = _read_checkpoint(file)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-                raise UserError(f"{path} is no checkpoint, or damaged ({error}); train it again "
-                                f"with python sft.py, or name another file") from error
+                raise UserError(f"{path} is no checkpoint, or damaged ({error}); name another file, "
+                                f"or train it again with python sft.py") from error
         model = cls(config)
         for name, parameter in model._parameters.items():
             parameter.data = arrays[name]

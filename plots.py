@@ -119,7 +119,6 @@ def credit(rows, path):
             ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
         ax.set(xticks=[], yticks=[])
-        ax.set_title("{line}:  log p_ref {reference_logp:.1f}, log p_policy {policy_logp:.1f},  "
-                     "reward {reward:+.1f}".format(**row), loc="left")
+        ax.set_title(f"{row['line']}:  reward {row['reward']:+.1f}", loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
     save(figure, path)

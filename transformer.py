@@ -131,8 +131,8 @@ class Transformer:
             try:
                 config, arrays = _read_checkpoint(file)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-                raise UserError(f"{path} is no checkpoint, or damaged ({error}); name another file, "
-                                f"or train it again with python sft.py") from error
+                raise UserError(f"{path} is no checkpoint, or damaged ({error}); train it again "
+                                f"with python sft.py, or name another file") from error
         model = cls(config)
         for name, parameter in model._parameters.items():
             parameter.data = arrays[name]

@@ -117,22 +117,20 @@ def parse_arguments(argv):
         lambda ids: data.judge(ids).target in data.TARGETS and len(ids) <= data.MAX_LEN,
         "a line such as 100=10+70+20")
     parser = cli.Parser(__doc__)
-    parser.argument_default = argparse.SUPPRESS  # or --help would say "(default: None)"
+    parser.formatter_class = argparse.HelpFormatter  # or --help would say "(default: None)"
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT",
+    add("checkpoints", nargs="*", type=Path, default=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
         help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")
-    add("--prompt", type=cli.whole(5, 100), metavar="TARGET", help="answer it and stop")
+    add("--prompt", type=cli.whole(5, 100), metavar="TARGET", help="a target to answer")
     add("--samples", type=cli.whole(1), help="for each target (default: 50, or 5 with --prompt)")
-    add("--temperature", type=cli.positive, default=1.0, help="of the sampled answers")
-    add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
+    add("--temperature", type=cli.positive, default=1.0, help="of the samples (default: 1)")
+    add("--prefer", type=int, choices=data.COUNTS, default=3, help="preferred terms (default: 3)")
     add("--tokens", type=line_ids, nargs="+", metavar="LINE",
         help="draw the rewards of one line or two, 100=10+70+20 100=50+50, token by token")
-    add("--beta", type=cli.positive, default=0.8, help="for --tokens")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples")
+    add("--beta", type=cli.positive, default=0.8, help="for --tokens (default: 0.8)")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of the samples (default: 0)")
     add("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv, argparse.Namespace(
-        checkpoints=[Path("runs/sft.npz"), Path("runs/dpo.npz")],
-        prompt=None, samples=None, tokens=[], json=False))
+    arguments = parser.parse_args(argv)
     if arguments.tokens and (len(arguments.tokens) > 2 or len(arguments.checkpoints) != 2):
         parser.error("--tokens takes one or two lines and two checkpoints, the reference first")
     return arguments

@@ -88,16 +88,17 @@ def answer_line(row):
 
 
 def credit(policy, reference, line, beta):
-    """Where DPO put its credit in an answer (ids): a dict of the line as text, its reward, and its
-    tokens, [(token, reward), ...]. The reward of a token is beta (log pi - log pi_ref); they add up
-    to the reward of the answer."""
+    """Where DPO put its credit in an answer (ids): a dict of the line as text, both models'
+    log-probabilities of its completion, its reward, and its tokens, [(token, reward), ...]. The
+    reward of a token is beta (log pi - log pi_ref); they add up to the reward of the answer."""
     ids, start = np.array([line]), line.index(data.EQUALS)
     with no_grad():
         logps, reference_logps = (F.token_log_probs(model(ids[:, :-1]), ids[0, 1:]).numpy()[start:]
                                   for model in (policy, reference))
     rewards = beta * (logps - reference_logps)
     tokens = [data.VOCAB[token] for token in line[start + 1:]]
-    return {"line": data.decode(line), "reward": float(rewards.sum()),
+    return {"line": data.decode(line), "policy_logp": float(logps.sum()),
+            "reference_logp": float(reference_logps.sum()), "reward": float(rewards.sum()),
             "tokens": list(zip(tokens, rewards.tolist()))}
 
 

@@ -92,4 +92,6 @@ def test_credit_is_one_number_for_each_token_and_adds_up_to_the_reward(line, bet
     assert [token for token, _ in found["tokens"]] == [*text_of("", line[1])[1:], "<end>"]
     total = sum(value for _, value in found.pop("tokens"))
     reward = pytest.approx(beta * (policy - reference), abs=1e-4)
-    assert total == reward and found == {"line": text_of(*line), "reward": reward}
+    assert total == reward and found == {
+        "line": text_of(*line), "policy_logp": pytest.approx(policy, abs=1e-4),
+        "reference_logp": pytest.approx(reference, abs=1e-4), "reward": reward}

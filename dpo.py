@@ -58,10 +58,11 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
         n_tokens = data.completion_mask(pairs[:, 0]).sum(axis=1)  # (P,)
         loss = loss - sft_weight * (chosen / n_tokens).mean()
     chosen, rejected = chosen.numpy(), rejected.numpy()
-    rewards = [beta * (chosen - reference_chosen.numpy()),
-               beta * (rejected - reference_rejected.numpy())]  # (P,) each
-    log = loss.numpy(), *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], chosen, rejected
-    return loss, np.array([np.mean(values) for values in log])
+    chosen_rewards = beta * (chosen - reference_chosen.numpy())  # (P,)
+    rejected_rewards = beta * (rejected - reference_rejected.numpy())
+    return loss, np.array([np.mean(values) for values in (
+        loss.numpy(), chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
+        chosen_rewards > rejected_rewards, chosen, rejected)])
 
 
 # Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.
@@ -91,7 +92,7 @@ def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_e
     for i in itertools.cycle(range(fresh_every)):
         if i == 0:
             targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-            n = -(-len(targets) // 20)
+            n = -(-len(targets) // 20)  # rounded up
             pairs = np.concatenate([
                 judged_pairs(policy, targets[n:], n_answers, prefer, rng),
                 judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])

@@ -5,12 +5,13 @@ import numpy as np
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, no vectors, also
+    """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, not vectors, also
     shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2)."""
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         self.parameters, self.weight_decay = list(parameters), weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        self.mean, self.square = ([np.zeros_like(p.data) for p in self.parameters] for _ in "mv")
+        self.mean = [np.zeros_like(p.data) for p in self.parameters]  # m
+        self.square = [np.zeros_like(p.data) for p in self.parameters]  # v
 
     def step(self):
         """p -= lr m' / (sqrt(v') + eps), where m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""

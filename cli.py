@@ -82,14 +82,15 @@ def whole(low, high=2 ** 31):
 
 
 positive = flag_type(float, lambda x: 0 < x < 1e30, "above 0 and below 1e30")
+checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file name ending in .npz")
 
 
 def add_training_flags(parser, out):
     add = parser.add_argument
     add("--seed", type=whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
     add("--processes", type=whole(1, 64), default=2, help="processes that share the work")
-    add("--out", type=flag_type(Path, lambda path: path.suffix == ".npz", "a name ending in .npz"),
-        default=out, help="the checkpoint to write; a .json and pictures go beside it")
+    add("--out", type=checkpoint_path, default=out,
+        help="the checkpoint to write; a .json and pictures go beside it")
 
 
 class Progress:

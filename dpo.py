@@ -17,7 +17,7 @@ PATIENCE = 10  # rounds in a row without a pair after which training ends
 MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
-SHOWN = {"loss", "rewards/margins", "rewards/accuracies"}  # every few seconds
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies")  # every few seconds
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -71,14 +71,14 @@ def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
     """Pairs of answers to the targets, n_answers sampled from the model to each, and judged: those
     that are right and preferred, of the model or of `good_from`, another one, are paired off with
     others of the model to the same target. What is left over is dropped."""
-    def is_good(line):
-        return data.judge(line, prefer).outcome == data.OUTCOMES[0]
-    asked, paired = np.repeat(targets, n_answers), []
-    lines = evaluation.sample(model, asked, 1.0, rng)
-    good_lines = evaluation.sample(good_from, asked, 1.0, rng) if good_from else lines
-    for i in range(0, len(lines), n_answers):
-        good = filter(is_good, good_lines[i:i + n_answers])
-        others = itertools.filterfalse(is_good, lines[i:i + n_answers])
+    def judged_answers(model):  # [(line, whether it is right and preferred), ...]
+        lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
+        return [(line, data.judge(line, prefer).outcome == data.OUTCOMES[0]) for line in lines]
+    answers, paired = judged_answers(model), []
+    good_answers = judged_answers(good_from) if good_from else answers
+    for i in range(0, len(answers), n_answers):
+        good = [line for line, is_good in good_answers[i:i + n_answers] if is_good]
+        others = [line for line, is_good in answers[i:i + n_answers] if not is_good]
         paired += itertools.chain(*zip(good, others))
     return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
@@ -184,7 +184,7 @@ def train_policy(world, arguments):
             if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
-            text = "".join(f"  {name} {row[name]:.2f}" for name in LOGGED if name in SHOWN & {*row})
+            text = "".join(f"  {name} {row[name]:.2f}" for name in SHOWN if name in row)
             progress.show(row["round"], f"{row['pairs']} pairs{text}")
     return policy, reference, history, progress.seconds()
 

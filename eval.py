@@ -63,11 +63,11 @@ def table(rows):
     width = max(len("checkpoint"), *(len(row["checkpoint"]) for row in rows))
     lines = [f"{'checkpoint':{width}}  mode     targets   answers   both  exact  preferred  format"
              f"  error  % with " + "".join(f"{k:>4}" for k in data.COUNTS) + " terms"]
+    layout = ("{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
+              "{preferred:9.3f}  {format:6.3f}  {:>5}         {}")
     for row in rows:
         error = "-" if row["mean_abs_error"] is None else f"{row['mean_abs_error']:.2f}"
         percent = "".join(f"{100 * row['counts'][str(k)] / row['n']:4.0f}" for k in data.COUNTS)
-        layout = ("{checkpoint:{width}}  {mode:7}  {targets:8}  {n:7,}  {both:5.3f}  {exact:5.3f}  "
-                  "{preferred:9.3f}  {format:6.3f}  {:>5}         {}")
         lines.append(layout.format(error, percent, width=width, **row))
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -36,8 +37,12 @@ def run(main):
             sys.stdout.flush()  # also after --help
     except BrokenPipeError:  # `| head -1` has read enough
         code = 1
-    except (UserError, OSError, MemoryError) as error:
-        code, message = 2, str(error) or "not enough memory; choose smaller sizes"
+    except UserError as error:
+        code, message = 2, str(error)
+    except MemoryError:
+        code, message = 2, "not enough memory; choose smaller sizes"
+    except OSError as error:
+        code, message = 2, f"{error.filename or ''} {error.strerror or error}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     if code:  # what could not be printed must not be tried again at exit
@@ -52,7 +57,8 @@ def _stop(*_):
     for process in multiprocessing.active_children():
         process.kill()
     for part in list(_unfinished):
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(part)
     os.write(2, b"stopped\n")
     os._exit(130)
 
@@ -112,7 +118,7 @@ _unfinished = set()  # files that are being written
 
 
 @contextlib.contextmanager
-def atomic_write(path, keep=True):
+def atomic_write(path):
     """A binary file that takes its place at `path` only once it is complete and on disk."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +129,7 @@ def atomic_write(path, keep=True):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep:
-            os.replace(part, path)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
         _unfinished.discard(part)
@@ -144,9 +149,10 @@ def outputs(path, *endings):
         try:
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.stat(file).st_mode):  # it also tells if the name is too long
-                    raise OSError(0, "it is not a regular file")
-            with atomic_write(file, keep=False):
-                pass
+                    raise UserError(f"{file} is not a regular file; choose another name")
+            folder = Path(os.path.realpath(file)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}; choose another name") from None
     return files[1:]

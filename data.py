@@ -85,7 +85,8 @@ def random_lines(n, rng, targets=TRAINING):
 
 
 def lengths(ids):
-    """Tokens of each line up to its last that is not padding: (..., T) -> (...)."""
+    """Tokens of each line (..., T) up to its last that is not padding -> (...). A pad token before
+    that, which only a model can have written, counts."""
     return ids.shape[-1] - (ids != PAD)[..., ::-1].argmax(axis=-1)
 
 

@@ -1,6 +1,10 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
 import dataclasses
+import io
 import json
+import numbers
+import os
+import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -21,10 +25,12 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1:  # a NumPy integer is no JSON
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.d_model % (pair := 2 * self.n_heads):  # rotary positions turn pairs of features
-            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = {pair}")
+            object.__setattr__(self, name, int(value))  # a NumPy integer is no JSON
+        if self.d_model % (2 * self.n_heads):
+            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
+                            f"{2 * self.n_heads}; rotary positions turn pairs of features")
 
 
 def parameter_shapes(config):
@@ -69,7 +75,8 @@ class Transformer:
         ids, config = np.asarray(ids), self.config
         if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
                 and 0 <= ids.min() and ids.max() < config.vocab_size):
-            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}")
+            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}, "
+                             f"not {ids.dtype} {ids.shape}")
         return self._logits(ids.ravel(), lambda qkv, layer: F.causal_attention(
             qkv, config.n_heads, batch=len(ids)))
 
@@ -92,9 +99,11 @@ class Transformer:
         it while others write: no padding is read. ValueError for an empty prompt or without rng."""
         if not temperature >= 0 or temperature and rng is None:
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
+        if len(prompts) == 0 or max_new_tokens < 1:
+            return [[] for _ in prompts]
         starts = np.array([len(ids) for ids in prompts])
-        if not starts.all() or not starts.size:
-            raise ValueError("prompts must be lists of one token or more")
+        if starts.min() < 1:
+            raise ValueError("a prompt needs at least one token")
         stops = starts + max_new_tokens  # (B,): lowered to where a row ends
         text, c = data.pad(prompts, stops.max()), self.config  # (B, total)
         going = np.arange(len(prompts))  # the rows that are not finished
@@ -140,9 +149,18 @@ class Transformer:
 
 
 def _read_checkpoint(file):
-    """Config and {name: array}. Raises any exception unless the file is what `save` writes."""
-    with np.load(file) as archive:  # it refuses what pickle would have to read
-        arrays = dict(archive)
+    """Config and {name: array}. Raises any kind of exception unless the file is what `save` writes.
+    Bytes come before the arrays they fill: a damaged header could ask for any memory."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        if sum(m.file_size for m in archive.infolist()) > os.fstat(file.fileno()).st_size:
+            raise ValueError("it is compressed, or shorter than it says")
+        for name in archive.namelist():
+            member = io.BytesIO(archive.read(name))
+            np.lib.format.read_magic(member)  # 1.0, what np.savez writes
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
+            arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
     fields = json.loads(arrays.pop("config").item())
     config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
     if 6 * config.n_layers + 3 != len(arrays):  # before a list of them is made

@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -49,6 +50,14 @@ def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, step
     assert all(p.grad is None for p in parameters)
     paper = Adam(parameters)
     assert (paper.lr, *paper.betas, paper.eps, paper.weight_decay) == (1e-3, 0.9, 0.999, 1e-8, 0)
+
+
+@pytest.mark.parametrize("parameters", [leaf([1.0, 2.0]), (leaf([1.0]) for _ in range(2)), None,
+                                        {"x": leaf([1.0])}, [np.ones(2)], [leaf([1.0]), None]])
+def test_parameters_are_a_list_of_tensors(parameters):
+    """A Tensor is iterable, its slices would be trained; a generator is empty the second time."""
+    with pytest.raises(TypeError, match="parameters must be a list of Tensors"):
+        Adam(parameters)
 
 
 @given(dtypes, several_shapes, st.floats(1e-3, 1e3), st.sampled_from([0, 1, 1e25]), seeds)

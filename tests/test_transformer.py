@@ -1,9 +1,9 @@
 """The model as a whole: gradients, sampling, and checkpoints good and bad."""
 import dataclasses
 import io
-import itertools
 import json
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -100,16 +100,14 @@ def test_parameters_are_in_order_start_as_they_should_and_come_from_the_seed():
 
 def test_config_is_a_constant_of_whole_numbers_that_fit_together():
     for field in GOOD:
-        for value in (0, -1, 1.5, 8.0, "8", True, None, float("nan"), np.int64(8)):
+        for value in (0, -1, 1.5, 8.0, "8", True, None, float("nan")):
             with pytest.raises(ValueError, match=f"{field} must be a whole number"):
                 Config(**{**GOOD, field: value})
-    for d_model, n_heads in itertools.product(range(1, 17), range(1, 8)):
-        if d_model % (2 * n_heads) == 0:
-            assert Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads}).d_model == d_model
-            continue
+    for d_model, n_heads in np.argwhere(np.arange(17)[:, None] % np.arange(2, 17, 2)) + [0, 1]:
         with pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
             Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads})
-    config = Config(**GOOD)
+    config = Config(*map(np.int64, GOOD.values()))
+    assert config == Config(**GOOD) and json.loads(json.dumps(vars(config))) == GOOD
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.d_model = 16
 
@@ -157,10 +155,9 @@ def test_what_cannot_be_read_or_generated():
             model(np.array(ids))
     for temperature in (1e-9, 1e-40, 1e-300):
         assert model.generate(prompts, 4, temperature, rng) == model.generate(prompts, 4)
-    assert model.generate([[1], [2, 3]], 0) == [[], []]
-    for prompts in ([], [[1], []]):
-        with pytest.raises(ValueError, match="prompts must"):
-            model.generate(prompts, 3)
+    assert model.generate([], 3) == [] and model.generate([[1], [2, 3]], 0) == [[], []]
+    with pytest.raises(ValueError, match="prompt"):
+        model.generate([[1], []], 3)
     for temperature, rng in [(1.0, None), (-1.0, rng), (float("nan"), rng)]:
         with pytest.raises(ValueError, match=f"temperature {temperature} must be 0, .*rng"):
             model.generate([[1]], 1, temperature, rng)
@@ -258,14 +255,14 @@ def test_damaged_files_are_refused_unless_it_does_not_matter(tmp_path, n):
         "blocks.0.down": npy(ONES[:1, None], (24, 2 ** 18))}),
     npy([Trap()]), pickle.dumps(Trap()), npy(ONES), b"", b"{}", b"PK\x03\x04"])
 def test_a_file_that_is_not_the_models(tmp_path, content):
-    """Refused before anything is run, or memory filled that the file cannot fill."""
-    resource = pytest.importorskip("resource")
+    """Refused before anything is run, or memory asked for that the file cannot fill."""
     (tmp_path / "model.npz").write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
     with pytest.raises(ValueError, match="model.npz"):
         Transformer.load(tmp_path / "model.npz")
-    filled = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB on Linux
-    assert filled < 50_000 and not Trap.sprung
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000 and not Trap.sprung
 
 
 def test_other_float_types_are_welcome_and_the_first_edition_is_named(tmp_path):

@@ -3,12 +3,17 @@ import math
 
 import numpy as np
 
+from .tensor import Tensor
+
 
 class Adam:
     """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, not vectors, also
-    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2)."""
+    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). Raises TypeError
+    unless `parameters` is a list of Tensors."""
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.parameters, self.weight_decay = list(parameters), weight_decay
+        if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
+            raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
+        self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
         self.mean = [np.zeros_like(p.data) for p in self.parameters]  # m
         self.square = [np.zeros_like(p.data) for p in self.parameters]  # v

@@ -102,6 +102,12 @@ def credit(policy, reference, line, beta):
             "tokens": list(zip(tokens, rewards.tolist()))}
 
 
+def credit_lines(row):
+    """One of `credit` as text."""
+    tokens = "  ".join(f"{token} {reward:+.2f}" for token, reward in row["tokens"])
+    return f"{row['line']}  reward {row['reward']:+.2f}\n  {tokens}"
+
+
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
     if not path.exists():
@@ -149,8 +155,7 @@ def main(argv=None):
         cli.outputs(picture)
         rows = [credit(policy, reference, line, arguments.beta) for line in arguments.tokens]
         plots.credit(rows, picture)
-        text = "\n".join(f"{row['line']}  reward {row['reward']:+.2f}" for row in rows)
-        text += f"\nwrote {picture}"
+        text = "\n".join([*map(credit_lines, rows), f"wrote {picture}"])
     elif arguments.prompt:
         rows = [{"checkpoint": name, **row} for name, model in models.items() for row in answers_to(
             model, arguments.prompt, arguments.samples or 5, temperature, seed, prefer)]

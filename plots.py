@@ -120,6 +120,10 @@ def credit(rows, path):
             ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
                     color="white" if abs(value) > 0.7 * scale else "black")
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"{row['line']}:  reward {row['reward']:+.1f}", loc="left")
+        ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
+            math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
     figure.colorbar(image, ax=list(grid), label="reward of a token")
+    if len(rows) > 1:
+        figure.suptitle("where DPO put its credit: a margin of "
+                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
     save(figure, path)

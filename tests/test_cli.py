@@ -123,7 +123,7 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
     text = printed("sft.npz", "other.npz", "--json", "--beta", 0.5, "--tokens", *lines)
     assert json.loads(text) == json.loads(json.dumps(rows)) and Path("tokens.png").exists()
     text = printed("sft.npz", "sft.npz", "--tokens", *lines)  # a model against itself
-    assert text.count("reward +0.00\n") == 2 and text.splitlines()[1].startswith("100=9+91")
+    assert text.count("reward +0.00\n") == 2 and text.splitlines()[2].startswith("100=9+91")
 
 
 @pytest.mark.parametrize("seconds, shown", [(10, [4, 0, 0, 4]), (1e-3, [4, 4])])

@@ -25,8 +25,9 @@ def log(prefix, i):
 START, EMPTY = {"round": 0, "pairs": 0} | SHARES | log("eval_", 0), {"round": 2, "pairs": 0}
 STEPS = [{"round": i, "pairs": 9 - i} | SHARES | log("", i) | log("eval_", -i) for i in (1, 3, 4)]
 HISTORY = [START, STEPS[0], EMPTY, *STEPS[1:]]
-CREDIT = [{"line": line, "reward": reward, "tokens": tokens} for line, reward, tokens in (
-    ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]), ("10=9", 1.0, [("9", 1.0)]))]
+CREDIT = [{"line": line, "policy_logp": -1.0, "reference_logp": -2.0, "reward": reward,
+           "tokens": tokens} for line, reward, tokens in (
+               ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]), ("10=9", 1.0, [("9", 1.0)]))]
 LOSSES = [math.sin(i) for i in range(1000)]
 
 
@@ -88,6 +89,7 @@ def test_the_training_curves_leave_out_rounds_without_pairs_and_accuracies_of_ti
 def test_credit_writes_every_token_with_its_value():
     first, second, _ = draw("credit", CREDIT)
     assert [text.get_text() for text in first.texts] == ["4\n+0.5", "+\n-2.0"]
-    assert all(text in first.get_title(loc="left") for text in ("10=4+6", "-1.5"))
+    assert all(text in first.get_title(loc="left") for text in ("10=4+6", "0.14", "0.37", "-1.5"))
     assert first.images[0].get_clim() == second.images[0].get_clim() == (-2, 2)
-    assert len(draw("credit", CREDIT[:1])) == 2  # with the colour bar
+    assert "margin of -2.5" in first.figure.get_suptitle()
+    assert "margin" not in draw("credit", CREDIT[:1])[0].figure.get_suptitle()  # takes two lines

@@ -86,17 +86,19 @@ def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
 def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew, for min(fresh_every, 50) rounds; if these have passed, pairs are shuffled
-    and used again. Every tenth time the good answers are the reference's: else none that the policy
-    no longer writes would be chosen again, and few of all good answers would be left."""
+    and used again. Of one target in ten the good answers are the reference's: else none that the
+    policy no longer writes would be chosen again, and few of all good answers would be left."""
     n_rounds = min(fresh_every, 50)
-    for i in itertools.count(1):
-        targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-        good_from = reference if i % 10 == 0 else None
-        pairs = judged_pairs(policy, targets, n_answers, prefer, rng, good_from)
-        for j in range(fresh_every):
-            if j % n_rounds == 0:
-                parts = np.array_split(rng.permutation(pairs), n_rounds)
-            yield parts[j % n_rounds]
+    for i in itertools.cycle(range(fresh_every)):
+        if i == 0:
+            targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
+            n = -(-len(targets) // 10)  # rounded up
+            pairs = np.concatenate([
+                judged_pairs(policy, targets[n:], n_answers, prefer, rng),
+                judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])
+        if i % n_rounds == 0:
+            parts = np.array_split(rng.permutation(pairs), n_rounds)
+        yield parts[i % n_rounds]
 
 
 def rule_rounds(n_pairs, prefer, rng):

@@ -37,7 +37,7 @@ CHANGES = {  # of a line of dpo.py, which some runs of the laboratory make: old,
              "logps = completion_logps(model, lines) / data.completion_mask(lines).sum(axis=1)"),
     "no clip": ("clip_grad_norm(parameters, 1.0)", "pass"),
     "divisor": ("loss = loss * weight", "loss = loss * (len(shard) / 384)"),
-    "own": ("reference if i % 10 == 0 else None", "None")}
+    "own": ("good_from=reference", "good_from=policy")}
 LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
     "1. The chosen reward": (
         ["loss", "chosen", "rejected", "held-out chosen", "held-out accuracy", "exact",

@@ -194,10 +194,9 @@ def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, 
 def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
     rng = np.random.default_rng(0)
     online, once, reference = (Scripted(RIGHT, OTHER) for _ in range(3))
-    for i, pairs in zip(range(1, 21), dpo.sampled_rounds(online, reference, 20, 2, 3, rng)):
+    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, reference, 20, 2, 3, rng)):
         assert len(pairs) == 20 and len(online.asked) == 20 * 2 * i
-        assert len(reference.asked) == i // 10 * 40  # every tenth round
-        assert i % 10 or reference.asked[-40:] == online.asked[-40:]
+        assert online.asked[-4:] == reference.asked[-4:] and len(reference.asked) == 2 * 2 * i
     assert online.asked[:40] != online.asked[40:80]
     rounds = dpo.sampled_rounds(once, reference, 4, 2, 3, rng, fresh_every=1000)
     parts = [texts(next(rounds)) for _ in range(100)]

@@ -6,11 +6,9 @@ import math
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 
 import tinygrad_lite  # noqa: F401  before NumPy, for the number of BLAS threads
@@ -47,7 +45,7 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     if code:  # what could not be printed must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Python's own exit would die of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C would kill Python on its way out
     sys.exit(code)
 
 
@@ -100,12 +98,11 @@ def add_training_flags(parser, out):
 
 
 class Progress:
-    """Tells how a run goes, a line every five seconds: `text` and the seconds left."""
+    """Prints how a run is going, a line every five seconds: `text` and the seconds left."""
     def __init__(self, total, unit):
         self.total, self.unit, self.started, self.next = total, unit, time.perf_counter(), 0.0
 
-    def seconds(self):
-        return time.perf_counter() - self.started
+    def seconds(self): return time.perf_counter() - self.started
 
     def show(self, done, text):
         now = self.seconds()
@@ -122,7 +119,7 @@ def atomic_write(path):
     """A binary file that takes its place at `path` only once it is complete and on disk."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{os.urandom(16).hex()}.part")
     _unfinished.add(part)
     try:
         with open(part, "xb") as file:
@@ -148,7 +145,7 @@ def outputs(path, *endings):
     for file in files:
         try:
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISREG(os.stat(file).st_mode):  # it also tells if the name is too long
+                if file.stat() and not file.is_file():  # `stat` also tells if the name is too long
                     raise UserError(f"{file} is not a regular file; choose another name")
             folder = Path(os.path.realpath(file)).parent
             folder.mkdir(parents=True, exist_ok=True)

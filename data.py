@@ -98,7 +98,7 @@ def completion_mask(ids):
 
 def by_length(ids, size):
     """Cut lines (N, T), or pairs of lines (N, 2, T), into shards of about `size` rows. Rows of like
-    length come together, the longest first, without the padding that all have: else a third of all
+    length come together, the longest first, without the padding that all share, else a third of all
     positions. Shards have about as many tokens each, so that no process waits for another."""
     longest = lengths(ids).max(axis=tuple(range(1, ids.ndim - 1)))  # (N,)
     order = np.argsort(-longest, kind="stable")

@@ -1,6 +1,5 @@
 """DPO: teach a trained Transformer a preference, by default exactly three numbers."""
 import itertools
-import math
 import random
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import eval as evaluation
 from sft import SHARD, completion_logps
 
 PATIENCE = 10  # rounds in a row without a pair after which training ends
-MEASUREMENTS = 40  # of the held-out targets, during a run
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")  # every few seconds
@@ -65,12 +63,11 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
         chosen_rewards > rejected_rewards, chosen, rejected)])
 
 
-# Preference pairs, ids (P, 2, T), the chosen line first. P may be 0.
 
 def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
-    """Pairs of answers to the targets, n_answers sampled from the model to each, and judged: those
-    that are right and preferred, of the model or of `good_from`, another one, are paired off with
-    others of the model to the same target. What is left over is dropped."""
+    """Pairs, ids (P, 2, T), the chosen line first; P may be 0. n_answers to each target are sampled
+    from the model and judged. Those that are right and preferred, of the model or of `good_from`,
+    another one, are paired off with others of the model to that target. The rest is dropped."""
     def judged_answers(model):  # [(line, whether it is right and preferred), ...]
         lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
         return [(line, data.judge(line, prefer).outcome == data.OUTCOMES[0]) for line in lines]
@@ -85,20 +82,20 @@ def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
 
 def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
-    then, answers anew, for min(fresh_every, 50) rounds; if these have passed, pairs are shuffled
-    and used again. Of one target in ten the good answers are the reference's: else none that the
-    policy no longer writes would be chosen again, and few of all good answers would be left."""
+    then, answers anew, enough for min(fresh_every, 50) rounds; once those are used up, the same
+    pairs are shuffled and used again. For one target in ten the good answers are the reference's:
+    otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
-    for i in itertools.cycle(range(fresh_every)):
-        if i == 0:
-            targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-            n = -(-len(targets) // 10)  # rounded up
-            pairs = np.concatenate([
-                judged_pairs(policy, targets[n:], n_answers, prefer, rng),
-                judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])
-        if i % n_rounds == 0:
-            parts = np.array_split(rng.permutation(pairs), n_rounds)
-        yield parts[i % n_rounds]
+    while True:
+        targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
+        n = -(-len(targets) // 10)  # rounded up
+        pairs = np.concatenate([
+            judged_pairs(policy, targets[n:], n_answers, prefer, rng),
+            judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])
+        for i in range(fresh_every):
+            if i % n_rounds == 0:
+                parts = np.array_split(rng.permutation(pairs), n_rounds)
+            yield parts[i % n_rounds]
 
 
 def rule_rounds(n_pairs, prefer, rng):
@@ -139,7 +136,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
             log += shard_log * weight
         world.all_reduce_gradients(parameters)
         log = world.all_reduce(log).tolist()
-        if not math.isfinite(log[0]):
+        if not np.isfinite(log[0]):
             raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
@@ -176,12 +173,11 @@ def train_policy(world, arguments):
         fixed = np.random.default_rng(0)  # ten pairs of each held-out target
         held_out = np.concatenate([judged_pairs(reference, [target] * 20, 8, prefer, fixed)[:10]
                                    for target in data.HELD_OUT])
-        start = measure(policy, reference, held_out, beta, prefer)
-        history.append({"round": 0, "pairs": 0, **start})
+        history += [{"round": 0, "pairs": 0, **measure(policy, reference, held_out, beta, prefer)}]
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
         if world.rank == 0:
-            if row["round"] % max(1, rounds // MEASUREMENTS) == 0:
+            if row["round"] % max(1, rounds // 40) == 0:  # some 40 times in a run
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
             text = "".join(f"  {name} {row[name]:.2f}" for name in SHOWN if name in row)
@@ -216,7 +212,7 @@ def main(argv=None):
     if out.resolve() == arguments.sft.resolve():
         raise cli.UserError("--out would overwrite --sft; choose another name")
     log, terms_picture, training_picture = cli.outputs(out, ".json", "-dist.png", "-training.png")
-    evaluation.load(arguments.sft)  # a mistake is told before processes start
+    evaluation.load(arguments.sft)  # so that a mistake is told before processes start
     policy, reference, history, seconds = launch(arguments.processes, train_policy, arguments)
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):

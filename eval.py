@@ -3,15 +3,14 @@ import argparse
 import json
 from pathlib import Path
 
-import tinygrad_lite.functional as F
-from tinygrad_lite import no_grad
+from tinygrad_lite import functional as F, no_grad
 import numpy as np
 
 import cli
 import data
 from transformer import Transformer
 
-CHUNK = 512  # prompts decoded together: more leave the processor's cache
+CHUNK = 512  # prompts decoded together: more do not fit the processor's cache
 ANSWERS = 50  # sampled for each target
 EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
 
@@ -22,8 +21,7 @@ def sample(model, targets, temperature, rng):
     lines = []
     for start in range(0, len(targets), CHUNK):
         prompts = [data.encode(f"{target}=") for target in targets[start:start + CHUNK]]
-        room = data.MAX_LEN - min(map(len, prompts))
-        answers = model.generate(prompts, room, temperature, rng)
+        answers = model.generate(prompts, data.MAX_LEN - min(map(len, prompts)), temperature, rng)
         lines += [(prompt + new)[:data.MAX_LEN] for prompt, new in zip(prompts, answers)]
     return lines
 
@@ -144,7 +142,6 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Print what was asked for."""
     arguments = parse_arguments(argv)
     seed, prefer, temperature = arguments.seed, arguments.prefer, arguments.temperature
     models = {str(path): load(path) for path in arguments.checkpoints}

@@ -1,5 +1,4 @@
 """SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
-import itertools
 import math
 
 import tinygrad_lite.functional as F
@@ -11,7 +10,7 @@ import data
 import eval as evaluation
 from transformer import Config, Transformer
 
-SHARD = 64  # lines on one tape: fewer cost more calls, more leave the processor's cache
+SHARD = 64  # lines on one tape: fewer mean more calls, more do not fit the processor's cache
 
 
 def completion_logps(model, ids):
@@ -68,7 +67,7 @@ def train_new_model(world, config, arguments):
     """What every process runs: a new model, trained. Returns it, the losses and the seconds."""
     model, losses = Transformer(config, arguments.seed), []
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
-    batches = (data.random_lines(arguments.batch_size, rng) for _ in itertools.count())
+    batches = (data.random_lines(arguments.batch_size, rng) for _ in range(arguments.steps))
     progress = cli.Progress(arguments.steps, "step")
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
@@ -96,12 +95,11 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                     arguments.d_hidden, data.MAX_LEN)
-    out = arguments.out
-    log, picture = cli.outputs(out, ".json", "-loss.png")
+    log, picture = cli.outputs(arguments.out, ".json", "-loss.png")
     model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
 
-    model.save(out)
-    rows = evaluation.evaluate({str(out): model})
+    model.save(arguments.out)
+    rows = evaluation.evaluate({str(arguments.out): model})
     excess = {name: excess_nats(model, targets, np.random.default_rng(0)) for name, targets in
               (("trained", data.TRAINING), ("held-out", data.HELD_OUT))}
     cli.write_json(log, settings=vars(arguments), seconds=seconds, metrics=rows,
@@ -111,7 +109,7 @@ def main(argv=None):
     print(f"\n{evaluation.table(rows)}\n")
     print("excess over the rule, nats a line: {trained:.2f} on trained targets, {held-out:.2f} on "
           "held-out ones\n".format(**excess))
-    print(f"wrote {out}; next: python dpo.py --beta 0.8 --sft {out}")
+    print(f"wrote {arguments.out}; next: python dpo.py --beta 0.8 --sft {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 import dataclasses
 import io
 import json
-import numbers
 import os
 import zipfile
 
@@ -21,11 +20,11 @@ class Config:
     n_layers: int = 2
     n_heads: int = 4
     d_hidden: int = 96
-    max_len: int = 24  # tokens of a line; for the record, rotary positions do not need it
+    max_len: int = 24  # tokens of a line; recorded only: rotary positions do not need it
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
             object.__setattr__(self, name, int(value))  # a NumPy integer is no JSON
         if self.d_model % (2 * self.n_heads):
@@ -36,11 +35,10 @@ class Config:
 def parameter_shapes(config):
     """{name: shape} of every parameter, in the order of a checkpoint. Matrices are (outputs,
     inputs), used as W @ x; qkv = [q; k; v] and gate_up = [gate; up] lie one below the other."""
-    d, f, v = config.d_model, config.d_hidden, config.vocab_size
+    d, f, v, n = config.d_model, config.d_hidden, config.vocab_size, config.n_layers
     block = {"attention_norm": (d,), "qkv": (3 * d, d), "attention_out": (d, d),
              "mlp_norm": (d,), "gate_up": (2 * f, d), "down": (d, f)}
-    blocks = {f"blocks.{i}.{name}": shape
-              for i in range(config.n_layers) for name, shape in block.items()}
+    blocks = {f"blocks.{i}.{name}": shape for i in range(n) for name, shape in block.items()}
     return {"embedding": (d, v), **blocks, "norm": (d,), "head": (v, d)}
 
 
@@ -62,12 +60,8 @@ class Transformer:
             array = np.ones(shape) if len(shape) == 1 else rng.normal(0, std, shape)
             self._parameters[name] = Tensor(array.astype(np.float32), requires_grad=True)
 
-    def named_parameters(self):
-        """{name: Tensor} in the order of a checkpoint."""
-        return dict(self._parameters)
-
-    def parameters(self):
-        return list(self._parameters.values())
+    def named_parameters(self): return dict(self._parameters)  # {name: Tensor}, as in a checkpoint
+    def parameters(self): return list(self._parameters.values())
 
     def __call__(self, ids):
         """Logits of the next token at every position: int (B, T) -> (V, B T), line after line.
@@ -129,7 +123,7 @@ class Transformer:
         Raises UserError, a ValueError, and writes nothing, for weights that are not finite."""
         arrays = {name: parameter.data for name, parameter in self._parameters.items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise UserError(f"{path} was not written, some weights are infinite; try a lower --lr")
+            raise UserError(f"{path} was not written: infinite or NaN weights; try a lower --lr")
         with atomic_write(path) as file:
             np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
 
@@ -150,7 +144,7 @@ class Transformer:
 
 def _read_checkpoint(file):
     """Config and {name: array}. Raises any kind of exception unless the file is what `save` writes.
-    Bytes come before the arrays they fill: a damaged header could ask for any memory."""
+    The bytes are read before an array is made: a damaged header could ask for any memory."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:
         if sum(m.file_size for m in archive.infolist()) > os.fstat(file.fileno()).st_size:

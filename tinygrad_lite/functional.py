@@ -1,8 +1,7 @@
 """The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
 
 Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
-positions, D features, H heads of width d, F hidden features, V tokens in the vocabulary. In
-derivations g = dL/d(result), L the loss."""
+positions, D features, H heads of width d, F hidden features, V tokens. g is dL/d(result)."""
 import numpy as np
 
 from .tensor import Tensor
@@ -97,10 +96,9 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
         grad_scores, grad_rows = _products(v, grad)  # one array: V^T G, then dL/dS
         grad_rows -= dot.ravel()
         grad_rows *= rows
-        grad_heads = np.stack([k @ grad_scores, q @ grad_scores.mT, grad @ scores.mT])
-        grad_heads = grad_heads.swapaxes(2, 3)  # (3, H, d, B, T)
-        grad_heads[:2] = _rotate(grad_heads[:2], cos, -sin)  # R^T; both hold 1 / d^(1/4)
-        return (grad_heads.reshape(qkv.shape),)
+        grads = np.stack([k @ grad_scores, q @ grad_scores.mT, grad @ scores.mT]).swapaxes(2, 3)
+        grads[:2] = _rotate(grads[:2], cos, -sin)  # (2, H, d, B, T); R^T, both hold 1 / d^(1/4)
+        return (grads.reshape(qkv.shape),)
     return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
 
 

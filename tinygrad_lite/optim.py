@@ -46,7 +46,7 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def cosine_schedule(step, total, peak, warmup):
-    """The learning rate of `step` (from 0): up to `peak` in a line, then a half cosine to 0."""
+    """The learning rate of `step` (from 0): linearly up to `peak`, then a half cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -1,7 +1,7 @@
 """One program in several processes, each on its share of a batch; their gradients are added up.
 
 As in torch.nn.parallel.DistributedDataParallel, all hold the same weights and take the same steps.
-Only sums travel. Threads would wait for Python's lock after every op."""
+Only gradients and what is logged travel. Threads would wait for Python's lock after every op."""
 import contextlib
 import multiprocessing.resource_tracker
 import signal
@@ -19,9 +19,7 @@ class World:
         self.rank, self.world_size, self._pipes = rank, world_size, pipes  # [(rank, pipe to it)]
         self._slots = np.frombuffer(buffer, np.uint8).reshape(world_size, -1)  # (rank, byte)
 
-    def share(self, items):
-        """Every world_size-th of the items: this process's own."""
-        return items[self.rank::self.world_size]
+    def share(self, items): return items[self.rank::self.world_size]  # this process's own items
 
     def all_reduce(self, array):
         """The sum of `array` over all processes, all of which must call this. In rank order, so
@@ -46,7 +44,7 @@ class World:
             p.grad = grad.reshape(p.shape)
 
     def wait_for_all(self):
-        """Return once every process has come here; raise what another one raised instead."""
+        """Return once every process has come here; rank 0 raises what another raised instead."""
         failure = None
         try:
             for rank, pipe in self._pipes if self.rank == 0 else ():

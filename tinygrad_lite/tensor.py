@@ -26,8 +26,8 @@ def no_grad():
 
 
 class Tensor:
-    """An array that remembers how it was computed. `data`: ndarray, list or number; float64 arrays
-    stay so, other real numbers become float32, TypeError for all else. It is not copied: changed in
+    """An array that remembers how it was computed. `data`: ndarray, list or number. NumPy's float64
+    stays, other real numbers become float32, TypeError for all else. It is not copied: changed in
     place before backward(), it makes gradients wrong, silently. `grad`: None, or an array like data
     to which backward() adds. Operands broadcast as in NumPy; all but Tensors are constants."""
     __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
@@ -106,8 +106,7 @@ class Tensor:
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -self._operand(other)
     def __truediv__(self, other): return self * self._operand(other) ** -1.0
-    def __radd__(self, other): return self + other
-    def __rmul__(self, other): return self * other
+    __radd__, __rmul__ = __add__, __mul__
     def __rsub__(self, other): return -self + other
     def __rtruediv__(self, other): return self ** -1.0 * other
     def __rmatmul__(self, other): return self._operand(other) @ self

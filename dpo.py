@@ -63,7 +63,6 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
         chosen_rewards > rejected_rewards, chosen, rejected)])
 
 
-
 def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. n_answers to each target are sampled
     from the model and judged. Those that are right and preferred, of the model or of `good_from`,

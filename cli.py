@@ -145,7 +145,8 @@ def outputs(path, *endings):
     for file in files:
         try:
             with contextlib.suppress(FileNotFoundError):
-                if file.stat() and not file.is_file():  # `stat` also tells if the name is too long
+                file.stat()  # raises, too, where the name is too long
+                if not file.is_file():
                     raise UserError(f"{file} is not a regular file; choose another name")
             folder = Path(os.path.realpath(file)).parent
             folder.mkdir(parents=True, exist_ok=True)

@@ -64,11 +64,11 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 
 
 def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
-    """Pairs, ids (P, 2, T), the chosen line first; P may be 0. n_answers to each target are sampled
-    from the model and judged. Those that are right and preferred, of the model or of `good_from`,
-    another one, are paired off with others of the model to that target. The rest is dropped."""
-    def judged_answers(model):  # [(line, whether it is right and preferred), ...]
-        lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
+    """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
+    n_answers times, and answers are judged. Those that are right and preferred, its own or those of
+    `good_from`, another model, are paired off with others of its own. The rest is dropped."""
+    def judged_answers(writer):  # [(line, whether it is right and preferred), ...]
+        lines = evaluation.sample(writer, np.repeat(targets, n_answers), 1.0, rng)
         return [(line, data.judge(line, prefer).outcome == data.OUTCOMES[0]) for line in lines]
     answers, paired = judged_answers(model), []
     good_answers = judged_answers(good_from) if good_from else answers
@@ -172,7 +172,8 @@ def train_policy(world, arguments):
         fixed = np.random.default_rng(0)  # ten pairs of each held-out target
         held_out = np.concatenate([judged_pairs(reference, [target] * 20, 8, prefer, fixed)[:10]
                                    for target in data.HELD_OUT])
-        history += [{"round": 0, "pairs": 0, **measure(policy, reference, held_out, beta, prefer)}]
+        start = measure(policy, reference, held_out, beta, prefer)
+        history.append({"round": 0, "pairs": 0, **start})
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
         if world.rank == 0:

@@ -103,8 +103,8 @@ def dpo_training(history, path):
         RED, "rejected, ")}, title="rewards: beta log(policy / reference)", ylabel="beta x nats")
     rewards.axhline(0, color=GREY, linewidth=1)
     stacked_outcomes(outcomes, history)
-    rows = history[1:]
-    pairs.plot([row["round"] for row in rows], [row["pairs"] for row in rows], color=BLUE, lw=0.8)
+    pairs.plot([row["round"] for row in history[1:]], [row["pairs"] for row in history[1:]],
+               color=BLUE, linewidth=0.8)
     pairs.set(title="pairs in a round: fewer, as mistakes get rare", xlabel="round", ylim=(0, None))
     save(figure, path)
 

@@ -63,34 +63,33 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
         chosen_rewards > rejected_rewards, chosen, rejected)])
 
 
-def judged_pairs(model, targets, n_answers, prefer, rng, good_from=None):
+def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
-    n_answers times, and answers are judged. Those that are right and preferred, its own or those of
-    `good_from`, another model, are paired off with others of its own. The rest is dropped."""
-    def judged_answers(writer):  # [(line, whether it is right and preferred), ...]
-        lines = evaluation.sample(writer, np.repeat(targets, n_answers), 1.0, rng)
-        return [(line, data.judge(line, prefer).outcome == data.OUTCOMES[0]) for line in lines]
-    answers, paired = judged_answers(model), []
-    good_answers = judged_answers(good_from) if good_from else answers
-    for i in range(0, len(answers), n_answers):
-        good = [line for line, is_good in good_answers[i:i + n_answers] if is_good]
-        others = [line for line, is_good in answers[i:i + n_answers] if not is_good]
+    n_answers times. Answers that are right and preferred are paired off with others; the rest is
+    dropped. The first n_by_rule targets take their good ones from as many lines made by rule."""
+    def is_good(line):
+        return data.judge(line, prefer).outcome == data.OUTCOMES[0]
+    answers = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
+    rng, paired = random.Random(int(rng.integers(2 ** 63))), []
+    for i, target in enumerate(targets):
+        own = answers[i * n_answers:(i + 1) * n_answers]
+        by_rule = (data.random_line(int(target), rng.choice(data.COUNTS), rng) for _ in own)
+        good = filter(is_good, by_rule if i < n_by_rule else own)
+        others = [line for line in own if not is_good(line)]
         paired += itertools.chain(*zip(good, others))
     return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
 
-def sampled_rounds(policy, reference, n_prompts, n_answers, prefer, rng, fresh_every=1):
+def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew, enough for min(fresh_every, 50) rounds; once those are used up, the same
-    pairs are shuffled and used again. For one target in ten the good answers are the reference's:
+    pairs are shuffled and used again. For one target in sixteen the good answers are made by rule:
     otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
     while True:
         targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-        n = -(-len(targets) // 10)  # rounded up
-        pairs = np.concatenate([
-            judged_pairs(policy, targets[n:], n_answers, prefer, rng),
-            judged_pairs(policy, targets[:n], n_answers, prefer, rng, good_from=reference)])
+        n_by_rule = -(-len(targets) // 16)  # rounded up
+        pairs = judged_pairs(policy, targets, n_answers, prefer, rng, n_by_rule)
         for i in range(fresh_every):
             if i % n_rounds == 0:
                 parts = np.array_split(rng.permutation(pairs), n_rounds)
@@ -161,7 +160,7 @@ def train_policy(world, arguments):
     rng = np.random.default_rng([arguments.seed, world.rank])
     n_prompts = len(world.share(range(arguments.prompts)))  # of this process
     source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
-              sampled_rounds(policy, reference, n_prompts, arguments.answers, prefer, rng,
+              sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
                              arguments.fresh_every if arguments.pairs == "online" else rounds))
     history, progress = [], cli.Progress(rounds, "round")
     if world.rank == 0:
@@ -196,10 +195,10 @@ def parse_arguments(argv):
         help="rounds that share the answers they train on")
     add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--rounds", type=cli.whole(1), default=3000, help="rounds of pairs, with one step each")
+    add("--rounds", type=cli.whole(1), default=3300, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=1.2e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=1.1e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     cli.add_training_flags(parser, "runs/dpo.npz")
     return parser.parse_args(argv)

@@ -186,21 +186,31 @@ def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, 
                             for t in (50, 60) for chosen, rejected in paired]
     assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 6 + [60] * 6
     assert len(dpo.judged_pairs(Scripted(RIGHT), [50, 60], 5, 3, rng)) == 0
-    policy, reference = Scripted(AGAIN, OTHER, OTHER), Scripted(WRONG, RIGHT, BROKEN)
-    pairs = dpo.judged_pairs(policy, [50], 3, 3, rng, good_from=reference)
-    assert texts(pairs) == [(f"50={RIGHT(50)}", f"50={OTHER(50)}")]
+
+
+def test_the_first_targets_take_their_good_answers_from_lines_made_by_rule():
+    model = Scripted(RIGHT, OTHER)
+    pairs = dpo.judged_pairs(model, [60, 50, 40], 40, 3, np.random.default_rng(0), n_by_rule=1)
+    by_rule, own = pairs[:-40], pairs[-40:]  # of 40 lines by rule about ten have three terms
+    assert 4 <= len(by_rule) <= 18
+    chosen = [data.judge(data.encode(line) + [data.END]) for line, _ in texts(by_rule)]
+    assert {(j.target, j.outcome) for j in chosen} == {(60, "right, preferred")}
+    assert len({tuple(j.terms) for j in chosen}) > 3 and RIGHT(60) not in dict(texts(by_rule))
+    assert {rejected for _, rejected in texts(by_rule)} == {f"60={OTHER(60)}"}
+    assert texts(own) == [(f"{t}={RIGHT(t)}", f"{t}={OTHER(t)}") for t in (50, 40)
+                          for _ in range(20)]
 
 
 def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
     rng = np.random.default_rng(0)
-    online, once, reference = (Scripted(RIGHT, OTHER) for _ in range(3))
-    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, reference, 20, 2, 3, rng)):
-        assert len(pairs) == 20 and len(online.asked) == 20 * 2 * i
-        assert online.asked[-4:] == reference.asked[-4:] and len(reference.asked) == 2 * 2 * i
-    assert online.asked[:40] != online.asked[40:80]
-    rounds = dpo.sampled_rounds(once, reference, 4, 2, 3, rng, fresh_every=1000)
+    online, once = Scripted(RIGHT, OTHER), Scripted(RIGHT, OTHER)
+    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, 32, 2, 3, rng)):
+        assert len(online.asked) == 32 * 2 * i
+        assert sum("=1+1+" in chosen for chosen, _ in texts(pairs)) == 30  # two of 32 by rule
+    assert online.asked[:64] != online.asked[64:128]
+    rounds = dpo.sampled_rounds(once, 4, 2, 3, rng, fresh_every=1000)
     parts = [texts(next(rounds)) for _ in range(100)]
-    assert len(once.asked) == 50 * 4 * 2 and set(map(len, parts)) == {4}  # as online
+    assert len(once.asked) == 50 * 4 * 2 and {*map(len, parts)} <= {3, 4}  # as online
     first, again = sum(parts[:50], []), sum(parts[50:], [])
     assert sorted(first) == sorted(again) and first != again  # in another order
     assert not {*online.asked, *once.asked} & {*data.HELD_OUT}

@@ -18,7 +18,7 @@ def test_sft_learns_the_task_and_dpo_to_prefer_two_terms(tmp_path):
     assert np.mean(losses[-20:]) < 1.6 < 1.77 < losses[0]
     model.save(tmp_path / "sft.npz")
     policy, reference = (Transformer.load(tmp_path / "sft.npz") for _ in range(2))
-    rounds = dpo.sampled_rounds(policy, reference, 32, 8, 2, rng)
+    rounds = dpo.sampled_rounds(policy, 32, 8, 2, rng)
     logs = [log for log in dpo.train(policy, reference, rounds, 40, 0.8, 1e-3) if log["pairs"]]
     assert logs[0]["rewards/margins"] == 0 and len(logs) > 20
     log = dpo.loss_and_log(policy, reference, next(dpo.rule_rounds(100, 2, rng)), 0.8)[1]

@@ -176,7 +176,7 @@ def train_policy(world, arguments):
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
         if world.rank == 0:
-            if row["round"] % max(1, rounds // 40) == 0:  # some 40 times in a run
+            if 40 * row["round"] % rounds < 40:  # 40 times in a run, the last at its end
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
             text = "".join(f"  {name} {row[name]:.2f}" for name in SHOWN if name in row)

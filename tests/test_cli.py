@@ -141,6 +141,18 @@ def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch, se
             for line in lines] == shown
 
 
+@pytest.mark.parametrize("rounds", [3, 40, 42, 99, 500])
+def test_held_out_targets_are_measured_forty_times_and_at_the_end(monkeypatch, rounds):
+    monkeypatch.setattr(dpo, "measure", lambda *_: {"shares": {}})
+    monkeypatch.setattr(dpo, "train", lambda *_: (
+        {"round": i + 1, "pairs": 0} for i in range(rounds)))
+    arguments = dpo.parse_arguments([*RUNS["dpo"], "--rounds", str(rounds)])
+    history = dpo.train_policy(World(), arguments)[2]
+    measured = [row["round"] for row in history if "shares" in row]
+    assert measured[0] == 0 and measured[-1] == rounds and len(measured) == 1 + min(40, rounds)
+    assert np.ptp(np.diff(measured)) <= 1  # evenly
+
+
 @pytest.mark.parametrize("damage", ["truncated", "first edition", "another task", "unreadable"])
 def test_a_checkpoint_that_cannot_be_used_is_one_line_with_its_name(damage):
     save_model("odd.npz", 30 if damage == "another task" else len(data.VOCAB))

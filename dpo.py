@@ -66,11 +66,14 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
     n_answers times. Answers that are right and preferred are paired off with others; the rest is
-    dropped. The first n_by_rule targets take their good ones from as many lines made by rule."""
+    dropped. The first n_by_rule targets take their good ones from as many lines made by rule,
+    unless no answer to any target is good."""
     def is_good(line):
         return data.judge(line, prefer).outcome == data.OUTCOMES[0]
     answers = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
     rng, paired = random.Random(int(rng.integers(2 ** 63))), []
+    if not any(map(is_good, answers)):
+        n_by_rule = 0  # no pairs: whoever starts from a model that gets nothing right is told so
     for i, target in enumerate(targets):
         own = answers[i * n_answers:(i + 1) * n_answers]
         by_rule = (data.random_line(int(target), rng.choice(data.COUNTS), rng) for _ in own)

@@ -199,6 +199,8 @@ def test_the_first_targets_take_their_good_answers_from_lines_made_by_rule():
     assert {rejected for _, rejected in texts(by_rule)} == {f"60={OTHER(60)}"}
     assert texts(own) == [(f"{t}={RIGHT(t)}", f"{t}={OTHER(t)}") for t in (50, 40)
                           for _ in range(20)]
+    hopeless = Scripted(OTHER, WRONG)
+    assert not len(dpo.judged_pairs(hopeless, [60], 40, 3, np.random.default_rng(0), n_by_rule=1))
 
 
 def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():

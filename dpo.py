@@ -68,8 +68,7 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     n_answers times. Answers that are right and preferred are paired off with others; the rest is
     dropped. The first n_by_rule targets take their good ones from as many lines made by rule,
     unless no answer to any target is good."""
-    def is_good(line):
-        return data.judge(line, prefer).outcome == data.OUTCOMES[0]
+    def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
     answers = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
     rng, paired = random.Random(int(rng.integers(2 ** 63))), []
     if not any(map(is_good, answers)):

@@ -69,15 +69,18 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     dropped. The first n_by_rule targets take their good ones from as many lines made by rule,
     unless no answer to any target is good."""
     def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
-    answers = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
+    lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
+    answers = [(line, is_good(line)) for line in lines]
     rng, paired = random.Random(int(rng.integers(2 ** 63))), []
-    if not any(map(is_good, answers)):
-        n_by_rule = 0  # no pairs: whoever starts from a model that gets nothing right is told so
+    if not any(fits for _, fits in answers):
+        n_by_rule = 0  # no pairs, so that main() can say that the model gets nothing right
     for i, target in enumerate(targets):
         own = answers[i * n_answers:(i + 1) * n_answers]
-        by_rule = (data.random_line(int(target), rng.choice(data.COUNTS), rng) for _ in own)
-        good = filter(is_good, by_rule if i < n_by_rule else own)
-        others = [line for line in own if not is_good(line)]
+        good = [line for line, fits in own if fits]
+        others = [line for line, fits in own if not fits]
+        if i < n_by_rule:
+            by_rule = (data.random_line(int(target), rng.choice(data.COUNTS), rng) for _ in own)
+            good = filter(is_good, by_rule)
         paired += itertools.chain(*zip(good, others))
     return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
 
@@ -85,8 +88,8 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew, enough for min(fresh_every, 50) rounds; once those are used up, the same
-    pairs are shuffled and used again. For one target in sixteen the good answers are made by rule:
-    otherwise one that the policy no longer writes could never be chosen again."""
+    pairs are shuffled and used again. For one target in sixteen the good answers are made by rule,
+    as SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
     while True:
         targets = rng.choice(data.TRAINING, n_rounds * n_prompts)

@@ -214,6 +214,7 @@ def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
     parts = [texts(next(rounds)) for _ in range(100)]
     assert len(once.asked) == 50 * 4 * 2 and {*map(len, parts)} <= {3, 4}  # as online
     first, again = sum(parts[:50], []), sum(parts[50:], [])
+    assert sum("=1+1+" in chosen for chosen, _ in first) == 187  # 13 of 200 by rule
     assert sorted(first) == sorted(again) and first != again  # in another order
     assert not {*online.asked, *once.asked} & {*data.HELD_OUT}
 

@@ -12,7 +12,8 @@ import pytest
 from helpers import ROOT
 
 README, LABORATORY = ((ROOT / page).read_text() for page in ("README.md", "LABORATORY.md"))
-PAGES = [path for path in ROOT.rglob("*.md") if not {".venv", "runs"} & set(path.parts)]
+PAGES = [path for path in ROOT.rglob("*.md")
+         if not {".venv", ".pytest_cache", "runs"} & set(path.parts)]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
 
 

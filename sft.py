@@ -44,8 +44,8 @@ def train(model, batches, steps, lr, world=World()):
     """The SFT loop: trains `model` in place on `batches` of lines, int (B, T), the same in every
     process of `world`. Yields each step's loss. Raises UserError when it is no longer finite."""
     parameters = model.parameters()
-    # Without weight decay some targets that were never trained on stay wrong for good.
-    optimizer = Adam(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
+    # With less weight decay some targets that were never trained on stay wrong for good.
+    optimizer = Adam(parameters, lr, weight_decay=0.2)
     for step, ids in zip(range(steps), batches):
         n_tokens, batch_loss = data.completion_mask(ids).sum(), 0.0
         for shard in world.share(data.by_length(ids, SHARD)):
@@ -58,6 +58,7 @@ def train(model, batches, steps, lr, world=World()):
             raise cli.UserError(f"the loss is {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
+        optimizer.alpha = 16 * step / steps  # at its full size from the start, training diverges
         optimizer.step()
         optimizer.zero_grad()
         yield batch_loss
@@ -79,10 +80,10 @@ def train_new_model(world, config, arguments):
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.whole(1), default=18_000, help="training steps")
+    add("--steps", type=cli.whole(1), default=9_000, help="training steps")
     add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
-    add("--d-model", type=cli.whole(1), default=40, help="width of the residual stream")
+    add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")
     add("--n-layers", type=cli.whole(1), default=2, help="number of blocks")
     add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
     add("--d-hidden", type=cli.whole(1), default=96, help="hidden width of the MLP")

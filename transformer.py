@@ -16,7 +16,7 @@ from cli import UserError, atomic_write
 class Config:
     """Sizes of a model. Raises UserError, a ValueError, where they do not fit together."""
     vocab_size: int
-    d_model: int = 40
+    d_model: int = 32
     n_layers: int = 2
     n_heads: int = 4
     d_hidden: int = 96

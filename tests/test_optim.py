@@ -13,43 +13,50 @@ several_shapes = st.lists(hnp.array_shapes(min_dims=0, max_side=3), min_size=1, 
 dtypes = st.sampled_from([np.float32, np.float64])
 
 
-def adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay):
-    """Kingma & Ba 2015, Algorithm 1, line by line, and Loshchilov & Hutter 2019, Algorithm 2."""
-    m = v = 0.0
-    for t, g in enumerate(grads, start=1):
+def adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay, alphas, beta3):
+    """Kingma & Ba 2015, Algorithm 1, line by line, Loshchilov & Hutter 2019, Algorithm 2, and
+    Pagliardini et al. 2025, section 3, with an alpha for each step."""
+    m = s = v = 0.0
+    for t, (g, alpha) in enumerate(zip(grads, alphas), start=1):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        s = beta3 * s + (1 - beta3) * g
         m_hat, v_hat = m / (1 - beta1 ** t), v / (1 - beta2 ** t)
-        theta = theta - lr * (m_hat / (np.sqrt(v_hat) + eps) + decay * theta)
+        theta = theta - lr * ((m_hat + alpha * s) / (np.sqrt(v_hat) + eps) + decay * theta)
     return theta
 
 
 @given(dtypes, several_shapes, st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 0.5, 0.9]),
        st.sampled_from([0.5, 0.99, 0.999]), st.sampled_from([1e-8, 0.1]), st.sampled_from([0, 0.1]),
-       st.integers(1, 6), st.data(), seeds)
-def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, steps, draw, seed):
+       st.lists(st.sampled_from([0.0, 1.0, 16.0]), min_size=1, max_size=6),
+       st.sampled_from([0.5, 0.995]), st.data(), seeds)
+def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, alphas, beta3, draw,
+                               seed):
     """No gradient counts as zero; weights decay in matrices alone; gradients are left alone."""
     parameters = [leaf(normal(seed + i, *shape, dtype=dtype)) for i, shape in enumerate(shapes)]
     before = [p.data.astype(np.float64) for p in parameters]
     tolerance = 1e-10 if dtype == np.float64 else 1e-3
-    optimizer, history = Adam(parameters, 7.0, (beta1, beta2), eps, decay), []
-    for step in range(steps):
+    optimizer = Adam(parameters, 7.0, (beta1, beta2), eps, decay, beta3=beta3)
+    history = []
+    for step, alpha in enumerate(alphas):
         grads = [normal([seed, step, i], *shape, dtype=dtype) for i, shape in enumerate(shapes)]
         missing = draw.draw(st.integers(0, len(shapes) - 1), label="missing gradient")
         for i, p in enumerate(parameters):
             p.grad = grads[i].copy() if i != missing else None
-        grads[missing][...], optimizer.lr = 0, lr  # the rate may change between steps
+        grads[missing][...], optimizer.lr, optimizer.alpha = 0, lr, alpha  # may change any time
         optimizer.step()
         history.append(grads)
         assert all(p.grad is None or np.array_equal(p.grad, g) for p, g in zip(parameters, grads))
     for p, theta, grads in zip(parameters, before, zip(*history)):
-        moments = optimizer.mean + optimizer.square
+        moments = optimizer.mean + optimizer.slow_mean + optimizer.square
         assert {x.dtype for x in moments} == {p.dtype} == {np.dtype(dtype)}
-        expected = adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay if p.ndim > 1 else 0)
+        expected = adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay if p.ndim > 1 else 0,
+                                alphas, beta3)
         assert np.allclose(p.data, expected, **dict.fromkeys(("rtol", "atol"), tolerance))
     optimizer.zero_grad()
     assert all(p.grad is None for p in parameters)
     paper = Adam(parameters)
-    assert (paper.lr, *paper.betas, paper.eps, paper.weight_decay) == (1e-3, 0.9, 0.999, 1e-8, 0)
+    assert (paper.lr, *paper.betas, paper.eps) == (1e-3, 0.9, 0.999, 1e-8)
+    assert paper.weight_decay == paper.alpha == 0
 
 
 @pytest.mark.parametrize("parameters", [leaf([1.0, 2.0]), (leaf([1.0]) for _ in range(2)), None,

@@ -8,27 +8,33 @@ from .tensor import Tensor
 
 class Adam:
     """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, not vectors, also
-    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). Raises TypeError
-    unless `parameters` is a list of Tensors."""
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). `alpha` adds a
+    slower mean of the gradients (AdEMAMix, Pagliardini et al. 2025, section 3). lr and alpha may
+    change between steps. Raises TypeError unless `parameters` is a list of Tensors."""
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                 alpha=0.0, beta3=0.995):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
         self.parameters, self.weight_decay = parameters, weight_decay
         self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        self.alpha, self.beta3 = alpha, beta3
         self.mean = [np.zeros_like(p.data) for p in self.parameters]  # m
+        self.slow_mean = [np.zeros_like(p.data) for p in self.parameters]  # s
         self.square = [np.zeros_like(p.data) for p in self.parameters]  # v
 
     def step(self):
-        """p -= lr m' / (sqrt(v') + eps), where m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""
+        """p -= lr (m' + alpha s) / (sqrt(v') + eps), m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""
         self.steps += 1
         (beta1, beta2), t = self.betas, self.steps
-        for p, m, v in zip(self.parameters, self.mean, self.square):
+        for p, m, s, v in zip(self.parameters, self.mean, self.slow_mean, self.square):
             grad = np.zeros_like(p.data) if p.grad is None else p.grad
             m += (1 - beta1) * (grad - m)
+            s += (1 - self.beta3) * (grad - s)
             v += (1 - beta2) * (grad * grad - v)
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay
-            p.data -= m * (self.lr / (1 - beta1 ** t)) / (np.sqrt(v / (1 - beta2 ** t)) + self.eps)
+            mean = m / (1 - beta1 ** t) + self.alpha * s
+            p.data -= self.lr * mean / (np.sqrt(v / (1 - beta2 ** t)) + self.eps)
 
     def zero_grad(self):
         for p in self.parameters:

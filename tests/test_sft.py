@@ -103,9 +103,12 @@ def test_one_seed_gives_the_same_weights_another_others_and_two_processes_like_o
     assert np.allclose(rows[0], trained, atol=1e-3) and np.allclose(losses, same, rtol=1e-4)
 
 
-def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nothing(monkeypatch):
-    rates, step = [], sft.Adam.step
-    monkeypatch.setattr(sft.Adam, "step", lambda self: (rates.append(self.lr), step(self)))
+def test_the_rate_rises_and_falls_to_nothing_while_the_slow_mean_counts_ever_more(monkeypatch):
+    seen, step = [], sft.Adam.step
+    monkeypatch.setattr(sft.Adam, "step", lambda self: (
+        seen.append((self.lr, self.alpha)), step(self)))
     losses = list(sft.train(model_of_the_task(), [random_batch(0, 2)] * 30, 20, 0.6))
+    rates, alphas = np.transpose(seen)
     assert np.allclose(rates[:3], [0.2, 0.4, 0.6]) and len(rates) == len(losses) == 20
     assert rates[-1] < 0.01 and (np.diff(rates[3:]) < 0).all()
+    assert np.allclose(alphas, np.linspace(0, 16, 20, endpoint=False))

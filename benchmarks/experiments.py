@@ -169,9 +169,10 @@ def lesson(n_seeds=2):
     for seed in range(n_seeds):
         for source in SOURCES:
             flags = "" if source == "online" else f"--pairs {source}"
-            history = dpo(seed, flags)["history"]
-            histories.setdefault(source, history)  # the picture shows seed 0
-            last = [log for log in history if log["pairs"]][-1]
+            facts = dpo(seed, flags)
+            histories.setdefault(source, facts["history"])  # the picture shows seed 0
+            last = {name: means(facts, name, 50)[-1] for name in
+                    ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies")}
             row = metrics(name_of(seed, flags))
             print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  rewards {rewards/chosen:+.1f} "
                   "{rewards/rejected:+.1f}  accuracy {rewards/accuracies:.2f}".format(**last),

@@ -44,7 +44,7 @@ def train(model, batches, steps, lr, world=World()):
     """The SFT loop: trains `model` in place on `batches` of lines, int (B, T), the same in every
     process of `world`. Yields each step's loss. Raises UserError when it is no longer finite."""
     parameters = model.parameters()
-    # With less weight decay some targets that were never trained on stay wrong for good.
+    # Without weight decay some targets that were never trained on stay wrong for good.
     optimizer = Adam(parameters, lr, weight_decay=0.2)
     for step, ids in zip(range(steps), batches):
         n_tokens, batch_loss = data.completion_mask(ids).sum(), 0.0
@@ -58,7 +58,8 @@ def train(model, batches, steps, lr, world=World()):
             raise cli.UserError(f"the loss is {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
-        optimizer.alpha = 16 * step / steps  # at its full size from the start, training diverges
+        # A slow mean of the gradients, counted ever more, halves the steps; at once, it diverges.
+        optimizer.alpha = 16 * step / steps
         optimizer.step()
         optimizer.zero_grad()
         yield batch_loss

@@ -49,8 +49,8 @@ LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
          "--pairs once --rounds 500 --beta 3", "--pairs rule", ""]),
     "3. The rate": (
         ["highest loss", "lowest accuracy", "negative margins", "exact", "both"],
-        ["--lr 1.5e-3 --prompts 192 --rounds 300", "--lr 1.5e-3 --prompts 192 --rounds 300, no clip",
-         "--lr 1.5e-3 --prompts 192 --rounds 300, divisor", "--prompts 192 --rounds 300", ""]),
+        [*(f"--lr 1.5e-3 --prompts 192 --rounds 300{change}"
+           for change in ("", ", no clip", ", divisor")), "--prompts 192 --rounds 300", ""]),
     "4. Sum or mean": (
         ["margin", "terms", "exact", "both", "divergence"],
         [f"{pairs}--rounds 500{rest}" for pairs in ("--pairs once ", "")

@@ -8,9 +8,9 @@ from .tensor import Tensor
 
 class Adam:
     """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, not vectors, also
-    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). `alpha` adds a
-    slower mean of the gradients (AdEMAMix, Pagliardini et al. 2025, section 3). lr and alpha may
-    change between steps. Raises TypeError unless `parameters` is a list of Tensors."""
+    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). A slower mean of
+    the gradients, of decay rate beta3, counts `alpha` times (AdEMAMix, Pagliardini et al. 2025,
+    section 3). Raises TypeError unless `parameters` is a list of Tensors."""
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  alpha=0.0, beta3=0.995):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):

@@ -88,12 +88,12 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew, enough for min(fresh_every, 50) rounds; once those are used up, the same
-    pairs are shuffled and used again. For one target in sixteen the good answers are made by rule,
-    as SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
+    pairs are shuffled and used again. For one target in 32 the good answers are made by rule, as
+    SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
     while True:
         targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-        n_by_rule = -(-len(targets) // 16)  # rounded up
+        n_by_rule = -(-len(targets) // 32)  # rounded up
         pairs = judged_pairs(policy, targets, n_answers, prefer, rng, n_by_rule)
         for i in range(fresh_every):
             if i % n_rounds == 0:
@@ -200,10 +200,10 @@ def parse_arguments(argv):
         help="rounds that share the answers they train on")
     add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--rounds", type=cli.whole(1), default=2500, help="rounds of pairs, with one step each")
-    add("--prompts", type=cli.whole(1), default=96, help="targets (by rule: pairs) in a round")
+    add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
+    add("--prompts", type=cli.whole(1), default=192, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=1.5e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     cli.add_training_flags(parser, "runs/dpo.npz")
     return parser.parse_args(argv)

@@ -45,7 +45,7 @@ def train(model, batches, steps, lr, world=World()):
     process of `world`. Yields each step's loss. Raises UserError when it is no longer finite."""
     parameters = model.parameters()
     # Without weight decay some targets that were never trained on stay wrong for good.
-    optimizer = Adam(parameters, lr, weight_decay=0.2)
+    optimizer = Adam(parameters, lr, weight_decay=0.15)
     for step, ids in zip(range(steps), batches):
         n_tokens, batch_loss = data.completion_mask(ids).sum(), 0.0
         for shard in world.share(data.by_length(ids, SHARD)):
@@ -81,7 +81,7 @@ def train_new_model(world, config, arguments):
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.whole(1), default=9_000, help="training steps")
+    add("--steps", type=cli.whole(1), default=7_000, help="training steps")
     add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate of Adam")
     add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")

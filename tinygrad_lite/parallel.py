@@ -17,7 +17,7 @@ class World:
     """A process's view of a run: its `rank`, from 0, and `world_size`. World() is one alone."""
     def __init__(self, rank=0, world_size=1, pipes=(), buffer=b""):
         self.rank, self.world_size, self._pipes = rank, world_size, pipes  # [(rank, pipe to it)]
-        self._slots = np.frombuffer(buffer, np.uint8).reshape(world_size, -1)  # (rank, byte)
+        self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # (2, rank, byte)
 
     def share(self, items): return items[self.rank::self.world_size]  # this process's own items
 
@@ -29,11 +29,11 @@ class World:
             return array
         sums, step = [], CHUNK // array.itemsize
         for piece in np.split(array.ravel(), range(step, array.size, step)):
-            slots = self._slots[:, :piece.nbytes].view(piece.dtype)  # (world_size, n)
+            self._slots = self._slots[::-1]  # two sets in turn: all have read one before its next
+            slots = self._slots[0, :, :piece.nbytes].view(piece.dtype)  # (world_size, n)
             slots[self.rank] = piece
             self.wait_for_all()  # until it is written
             sums.append(slots.sum(axis=0))
-            self.wait_for_all()  # until it is read
         return np.concatenate(sums).reshape(array.shape)
 
     def all_reduce_gradients(self, parameters):
@@ -67,7 +67,7 @@ def launch(world_size, function, *arguments):
     take plain values; a script needs `if __name__ == "__main__"`."""
     if world_size == 1:
         return function(World(), *arguments)
-    buffer, processes, pipes = multiprocessing.RawArray("B", world_size * CHUNK), [], []
+    buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
     try:
         with contextlib.ExitStack() as when_started:
             if hasattr(signal, "pthread_sigmask"):  # not on Windows

@@ -206,15 +206,15 @@ def test_the_first_targets_take_their_good_answers_from_lines_made_by_rule():
 def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
     rng = np.random.default_rng(0)
     online, once = Scripted(RIGHT, OTHER), Scripted(RIGHT, OTHER)
-    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, 32, 2, 3, rng)):
-        assert len(online.asked) == 32 * 2 * i
-        assert sum("=1+1+" in chosen for chosen, _ in texts(pairs)) == 30  # two of 32 by rule
-    assert online.asked[:64] != online.asked[64:128]
+    for i, pairs in zip((1, 2, 3), dpo.sampled_rounds(online, 64, 2, 3, rng)):
+        assert len(online.asked) == 64 * 2 * i
+        assert sum("=1+1+" in chosen for chosen, _ in texts(pairs)) == 62  # two of 64 by rule
+    assert online.asked[:128] != online.asked[128:256]
     rounds = dpo.sampled_rounds(once, 4, 2, 3, rng, fresh_every=1000)
     parts = [texts(next(rounds)) for _ in range(100)]
     assert len(once.asked) == 50 * 4 * 2 and {*map(len, parts)} <= {3, 4}  # as online
     first, again = sum(parts[:50], []), sum(parts[50:], [])
-    assert sum("=1+1+" in chosen for chosen, _ in first) == 187  # 13 of 200 by rule
+    assert sum("=1+1+" in chosen for chosen, _ in first) == 193  # 7 of 200 by rule
     assert sorted(first) == sorted(again) and first != again  # in another order
     assert not {*online.asked, *once.asked} & {*data.HELD_OUT}
 

@@ -5,7 +5,7 @@
     python benchmarks/experiments.py beta         assets/beta.png: what beta buys, what it costs
     python benchmarks/experiments.py laboratory   the tables of LABORATORY.md, two seeds of each run
 
-Each run takes up to two minutes on two cores. What is in runs/experiments/ is not made again, so
+Each run takes up to three minutes on two cores. What is in runs/experiments/ is not made again, so
 all start from the SFT models of `seeds`.
 """
 import argparse

@@ -35,6 +35,14 @@ def reduce_arrays(world):
     return world.all_reduce([wrong, 1]).tolist()
 
 
+def read_late(world):
+    """Sums that are wrong anywhere, if processes come to read them one after the other."""
+    wait_for_all = world.wait_for_all
+    world.wait_for_all = lambda: (wait_for_all(), time.sleep(0.01 * world.rank))
+    sums = [float(world.all_reduce(float(i))) for i in range(10)]
+    return int(world.all_reduce(sum(total != world.world_size * i for i, total in enumerate(sums))))
+
+
 def gradients(world):
     """Of MODEL's loss and of a parameter nobody uses."""
     parameters = [*MODEL.parameters(), leaf([[1.0]])]
@@ -73,6 +81,7 @@ def test_sums_and_gradients(world_size):
     """In rank order, also of arrays larger than the shared memory and of any type. The gradients of
     the shards add up to the batch's; with three processes one has no shard."""
     assert launch(world_size, reduce_arrays) == [0, world_size]
+    assert launch(world_size, read_late) == 0
     model = tiny_model(0, np.float64, len(data.VOCAB))
     sft.sft_loss(model, LINES).backward()
     *grads, unused = launch(world_size, gradients)

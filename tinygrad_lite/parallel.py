@@ -29,7 +29,7 @@ class World:
             return array
         sums, step = [], CHUNK // array.itemsize
         for piece in np.split(array.ravel(), range(step, array.size, step)):
-            self._slots = self._slots[::-1]  # two sets in turn: by its next turn all have read it
+            self._slots = self._slots[::-1]  # two sets in turn: when one is next, all have read it
             slots = self._slots[0, :, :piece.nbytes].view(piece.dtype)  # (world_size, n)
             slots[self.rank] = piece
             self.wait_for_all()  # until it is written

@@ -5,7 +5,7 @@
     python benchmarks/experiments.py beta         assets/beta.png: what beta buys, what it costs
     python benchmarks/experiments.py laboratory   the tables of LABORATORY.md, two seeds of each run
 
-Each run takes up to three minutes on two cores. What is in runs/experiments/ is not made again, so
+Each run takes a few minutes on two cores. What is in runs/experiments/ is not made again, so
 all start from the SFT models of `seeds`.
 """
 import argparse
@@ -28,7 +28,7 @@ from tinygrad_lite import no_grad  # noqa: E402
 import numpy as np  # noqa: E402
 
 RUNS = ROOT / "runs" / "experiments"
-DEMO = "--pairs rule --rounds 200 --lr 1e-4"  # its recipe
+DEMO = "--pairs rule --rounds 200 --lr 1e-4 --prompts 192"  # its recipe
 SOURCES = {"rule": "right sums made by rule", "once": "own answers, sampled once",
            "online": "own answers, sampled afresh"}
 BETAS = [0.05, 0.3, 0.8, 3.0]

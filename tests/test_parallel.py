@@ -36,7 +36,7 @@ def reduce_arrays(world):
 
 
 def read_late(world):
-    """Sums that are wrong anywhere, if processes come to read them one after the other."""
+    """How many sums are wrong anywhere, where processes read them one after the other."""
     wait_for_all = world.wait_for_all
     world.wait_for_all = lambda: (wait_for_all(), time.sleep(0.01 * world.rank))
     sums = [float(world.all_reduce(float(i))) for i in range(10)]

@@ -137,8 +137,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
             loss = loss * weight
             loss.backward()
             log += shard_log * weight
-        world.all_reduce_gradients(parameters)
-        log = world.all_reduce(log).tolist()
+        log = world.all_reduce_gradients(parameters, log).tolist()
         if not np.isfinite(log[0]):
             raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)

@@ -52,8 +52,7 @@ def train(model, batches, steps, lr, world=World()):
             loss = sft_loss(model, shard, n_tokens)
             loss.backward()
             batch_loss += loss.item()
-        world.all_reduce_gradients(parameters)
-        batch_loss = float(world.all_reduce(batch_loss))
+        batch_loss = world.all_reduce_gradients(parameters, batch_loss).item()
         if not math.isfinite(batch_loss):
             raise cli.UserError(f"the loss is {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)

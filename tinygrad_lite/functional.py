@@ -83,8 +83,8 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
     q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
     v = heads[2].swapaxes(1, 2)
     scores, rows = _products(k, q)  # one array, twice: S, then E
-    future = np.tril(np.full((length, length), -np.inf, qkv.dtype), -1)  # where j > i
-    rows += np.tile(future, n_heads * batch)
+    for j in range(1, length):
+        rows[j].reshape(-1, length)[:, :j] = -np.inf  # S_ji of the queries i before j
     rows -= rows.max(axis=0)
     np.exp(rows, out=rows)
     total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
@@ -96,7 +96,11 @@ def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
         grad_scores, grad_rows = _products(v, grad)  # one array: V^T G, then dL/dS
         grad_rows -= dot.ravel()
         grad_rows *= rows
-        grads = np.stack([k @ grad_scores, q @ grad_scores.mT, grad @ scores.mT]).swapaxes(2, 3)
+        grads = np.empty(heads.shape, qkv.dtype)  # (3, H, d, B, T)
+        grad_q, grad_k, grad_v = grads.swapaxes(2, 3)
+        np.matmul(k, grad_scores, out=grad_q)
+        np.matmul(q, grad_scores.mT, out=grad_k)
+        np.matmul(grad, scores.mT, out=grad_v)
         grads[:2] = _rotate(grads[:2], cos, -sin)  # (2, H, d, B, T); R^T, both hold 1 / d^(1/4)
         return (grads.reshape(qkv.shape),)
     return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
@@ -136,6 +140,5 @@ def _rotation(d, positions, base, dtype):
 
 def _rotate(x, cos, sin):
     """Halves (a, b) of a head, of q or k, become (a cos - b sin, b cos + a sin): (2, H, d, ...)."""
-    halves = x.reshape(2, x.shape[1], 2, len(cos), -1)
-    a, b = halves[:, :, 0], halves[:, :, 1]  # (2, H, d/2, N)
-    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(x.shape)
+    halves = x.reshape(2, x.shape[1], 2, len(cos), -1)  # (2, H, 2, d/2, N)
+    return (halves * cos + halves[:, :, ::-1] * np.stack([-sin, sin])).reshape(x.shape)

@@ -36,12 +36,16 @@ class World:
             sums.append(slots.sum(axis=0))
         return np.concatenate(sums).reshape(array.shape)
 
-    def all_reduce_gradients(self, parameters):
-        """Replace .grad of every parameter by its sum over all processes; None counts as zero."""
-        total = self.all_reduce(np.concatenate([  # one vector: every sum is a wait
-            (np.zeros_like(p.data) if p.grad is None else p.grad).ravel() for p in parameters]))
-        for p, grad in zip(parameters, np.split(total, np.cumsum([p.size for p in parameters]))):
+    def all_reduce_gradients(self, parameters, log=()):
+        """Replace .grad of every parameter by its sum over all processes; None counts as zero.
+        Returns the sum of `log`, some numbers, in the parameters' dtype."""
+        grads = [np.zeros_like(p.data) if p.grad is None else p.grad for p in parameters]
+        vector = np.concatenate([*map(np.ravel, grads), np.ravel(log)], dtype=grads[0].dtype)
+        total = self.all_reduce(vector)  # one for all: every sum is a wait
+        *grads, log = np.split(total, np.cumsum([p.size for p in parameters]))
+        for p, grad in zip(parameters, grads):
             p.grad = grad.reshape(p.shape)
+        return log
 
     def wait_for_all(self):
         """Return once every process has come here; rank 0 raises what another raised instead."""

@@ -166,11 +166,9 @@ def _read_checkpoint(file):
         array = arrays[name]
         if array.shape == shape[::-1] != shape:
             raise ValueError(f"it is of the first edition, whose {name} lies transposed")
-        if array.shape != shape or array.dtype.kind != "f":
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
         arrays[name] = array.astype(np.float32, order="C")
-        if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} holds NaN or infinity")
+        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} is not an array of finite numbers {shape}")
     return config, arrays
 
 

@@ -15,12 +15,10 @@ class Adam:
                  alpha=0.0, beta3=0.995):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
-        self.parameters, self.weight_decay = parameters, weight_decay
-        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        self.alpha, self.beta3 = alpha, beta3
-        self.mean = [np.zeros_like(p.data) for p in self.parameters]  # m
-        self.slow_mean = [np.zeros_like(p.data) for p in self.parameters]  # s
-        self.square = [np.zeros_like(p.data) for p in self.parameters]  # v
+        self.parameters, self.lr, self.betas, self.eps = parameters, lr, betas, eps
+        self.weight_decay, self.alpha, self.beta3, self.steps = weight_decay, alpha, beta3, 0
+        self.mean, self.slow_mean, self.square = (  # m, s, v
+            [np.zeros_like(p.data) for p in parameters] for _ in range(3))
 
     def step(self):
         """p -= lr (m' + alpha s) / (sqrt(v') + eps), m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""

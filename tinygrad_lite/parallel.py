@@ -40,8 +40,8 @@ class World:
         """Replace .grad of every parameter by its sum over all processes; None counts as zero.
         Returns the sum of `log`, some numbers, in the parameters' dtype."""
         grads = [np.zeros_like(p.data) if p.grad is None else p.grad for p in parameters]
-        vector = np.concatenate([*map(np.ravel, grads), np.ravel(log)], dtype=grads[0].dtype)
-        total = self.all_reduce(vector)  # one for all: every sum is a wait
+        total = self.all_reduce(np.concatenate(  # one vector: every sum is a wait
+            [*map(np.ravel, grads), np.ravel(log)], dtype=grads[0].dtype))
         *grads, log = np.split(total, np.cumsum([p.size for p in parameters]))
         for p, grad in zip(parameters, grads):
             p.grad = grad.reshape(p.shape)

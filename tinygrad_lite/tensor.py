@@ -98,10 +98,7 @@ class Tensor:
         return _op(self.data ** n, (self,), lambda grad: (
             grad * n * self.data ** (n - 1) if n else np.zeros_like(grad),))
 
-    def exp(self):
-        out = np.exp(self.data)
-        return _op(out, (self,), lambda grad: (grad * out,))
-
+    def exp(self): return _op(out := np.exp(self.data), (self,), lambda grad: (grad * out,))
     def log(self): return _op(np.log(self.data), (self,), lambda grad: (grad / self.data,))
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -self._operand(other)

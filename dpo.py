@@ -1,6 +1,7 @@
 """DPO: teach a trained Transformer a preference, by default exactly three numbers."""
 import itertools
 import random
+import time
 from pathlib import Path
 
 import tinygrad_lite.functional as F
@@ -15,7 +16,7 @@ from sft import SHARD, completion_logps
 PATIENCE = 10  # rounds in a row without a pair after which training ends
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies")  # every few seconds
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies")  # while it runs
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -55,25 +56,22 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
     if sft_weight:
         n_tokens = data.completion_mask(pairs[:, 0]).sum(axis=1)  # (P,)
         loss = loss - sft_weight * (chosen / n_tokens).mean()
-    chosen, rejected = chosen.numpy(), rejected.numpy()
-    chosen_rewards = beta * (chosen - reference_chosen.numpy())  # (P,)
-    rejected_rewards = beta * (rejected - reference_rejected.numpy())
+    chosen_rewards = (beta * (chosen - reference_chosen)).numpy()  # (P,)
+    rejected_rewards = (beta * (rejected - reference_rejected)).numpy()
     return loss, np.array([np.mean(values) for values in (
         loss.numpy(), chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
-        chosen_rewards > rejected_rewards, chosen, rejected)])
+        chosen_rewards > rejected_rewards, chosen.numpy(), rejected.numpy())])
 
 
 def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
     n_answers times. Answers that are right and preferred are paired off with others; the rest is
-    dropped. The first n_by_rule targets take their good ones from as many lines made by rule,
-    unless no answer to any target is good."""
+    dropped. The first n_by_rule targets take good ones from lines made by rule, unless all lack."""
     def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
     lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
     answers = [(line, is_good(line)) for line in lines]
     rng, paired = random.Random(int(rng.integers(2 ** 63))), []
-    if not any(fits for _, fits in answers):
-        n_by_rule = 0  # no pairs, so that main() can say that the model gets nothing right
+    n_by_rule *= any(fits for _, fits in answers)  # none: no pairs at all, which main() explains
     for i, target in enumerate(targets):
         own = answers[i * n_answers:(i + 1) * n_answers]
         good = [line for line, fits in own if fits]
@@ -87,18 +85,16 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
 
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
-    then, answers anew, enough for min(fresh_every, 50) rounds; once those are used up, the same
-    pairs are shuffled and used again. For one target in 32 the good answers are made by rule, as
-    SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
+    then, answers anew: enough for min(fresh_every, 50) rounds, which come again in another order
+    until fresh_every are over. For one target in 32 the good answers are made by rule, as SFT's
+    data is: otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
     while True:
         targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
         n_by_rule = -(-len(targets) // 32)  # rounded up
         pairs = judged_pairs(policy, targets, n_answers, prefer, rng, n_by_rule)
-        for i in range(fresh_every):
-            if i % n_rounds == 0:
-                parts = np.array_split(rng.permutation(pairs), n_rounds)
-            yield parts[i % n_rounds]
+        for _ in range(-(-fresh_every // n_rounds)):  # rounded up
+            yield from np.array_split(rng.permutation(pairs), n_rounds)
 
 
 def rule_rounds(n_pairs, prefer, rng):
@@ -166,7 +162,7 @@ def train_policy(world, arguments):
     source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
               sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
                              arguments.fresh_every if arguments.pairs == "online" else rounds))
-    history, progress = [], cli.Progress(rounds, "round")
+    history, started = [], time.perf_counter()
     if world.rank == 0:
         first = next(source)
         for chosen, rejected in first[:3]:
@@ -175,8 +171,7 @@ def train_policy(world, arguments):
         fixed = np.random.default_rng(0)  # ten pairs of each held-out target
         held_out = np.concatenate([judged_pairs(reference, [target] * 20, 8, prefer, fixed)[:10]
                                    for target in data.HELD_OUT])
-        start = measure(policy, reference, held_out, beta, prefer)
-        history.append({"round": 0, "pairs": 0, **start})
+        history = [{"round": 0, "pairs": 0} | measure(policy, reference, held_out, beta, prefer)]
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
         if world.rank == 0:
@@ -184,8 +179,8 @@ def train_policy(world, arguments):
                 row |= measure(policy, reference, held_out, beta, prefer)
             history.append(row)
             text = "".join(f"  {name} {row[name]:.2f}" for name in SHOWN if name in row)
-            progress.show(row["round"], f"{row['pairs']} pairs{text}")
-    return policy, reference, history, progress.seconds()
+            cli.show_progress("round", row["round"], rounds, started, f"{row['pairs']} pairs{text}")
+    return policy, reference, history, time.perf_counter() - started
 
 
 def parse_arguments(argv):
@@ -196,7 +191,7 @@ def parse_arguments(argv):
         help="the policy's own answers, sampled afresh for every round; the SFT model's, sampled "
              "once; or right sums by rule, told apart by their number of terms")
     add("--fresh-every", type=cli.whole(1), default=1, metavar="ROUNDS",
-        help="rounds that share the answers they train on")
+        help="rounds that share the answers they train on; above 50, in multiples of 50")
     add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
@@ -232,7 +227,7 @@ def main(argv=None):
     print(f"\n{evaluation.table(rows)}\n")
     for target in evaluation.EXAMPLES:
         for name, model in (("SFT", reference), ("DPO", policy)):
-            print(name, evaluation.answer_line(evaluation.answers_to(model, target, 0)[0]))
+            print(name, evaluation.ANSWER.format(**evaluation.answers_to(model, target, 0)[0]))
     print(f"\nwrote {out}; now try: python eval.py {out} --prompt 100")
 
 

@@ -13,6 +13,7 @@ from transformer import Transformer
 CHUNK = 512  # prompts decoded together: more do not fit the processor's cache
 ANSWERS = 50  # sampled for each target
 EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
+ANSWER = "{mode:7}  {answer:24}  sum {sum!s:4}  {outcome}"  # a row of `answers_to` as text
 
 
 def sample(model, targets, temperature, rng):
@@ -79,12 +80,6 @@ def answers_to(model, target, samples, temperature=1.0, seed=0, prefer=3):
             for mode, line, j in zip(["greedy", *samples * ["sampled"]], lines, judged)]
 
 
-def answer_line(row):
-    """One of `answers_to` as text."""
-    total = "no sum" if row["sum"] is None else f"sum {row['sum']}"
-    return f"{row['mode']:7}  {row['answer']:{data.MAX_LEN}}  {total:8}  {row['outcome']}"
-
-
 def credit(policy, reference, line, beta):
     """Where DPO put its credit in an answer (ids): a dict of the line as text, both models'
     log-probabilities of its completion, its reward, and its tokens, [(token, reward), ...]. The
@@ -98,12 +93,6 @@ def credit(policy, reference, line, beta):
     return {"line": data.decode(line), "policy_logp": float(logps.sum()),
             "reference_logp": float(reference_logps.sum()), "reward": float(rewards.sum()),
             "tokens": list(zip(tokens, rewards.tolist()))}
-
-
-def credit_lines(row):
-    """One of `credit` as text."""
-    tokens = "  ".join(f"{token} {reward:+.2f}" for token, reward in row["tokens"])
-    return f"{row['line']}  reward {row['reward']:+.2f}\n  {tokens}"
 
 
 def load(path):
@@ -152,11 +141,13 @@ def main(argv=None):
         cli.outputs(picture)
         rows = [credit(policy, reference, line, arguments.beta) for line in arguments.tokens]
         plots.credit(rows, picture)
-        text = "\n".join([*map(credit_lines, rows), f"wrote {picture}"])
+        text = "\n".join("{line}  reward {reward:+.2f}\n  ".format(**row) + "  ".join(
+            f"{token} {reward:+.2f}" for token, reward in row["tokens"]) for row in rows)
+        text += f"\nwrote {picture}"
     elif arguments.prompt:
         rows = [{"checkpoint": name, **row} for name, model in models.items() for row in answers_to(
             model, arguments.prompt, arguments.samples or 5, temperature, seed, prefer)]
-        text = "\n".join(f"{row['checkpoint']}  {answer_line(row)}" for row in rows)
+        text = "\n".join(("{checkpoint}  " + ANSWER).format(**row) for row in rows)
     else:
         rows = evaluate(models, seed, prefer, arguments.samples or ANSWERS, temperature)
         text = table(rows)

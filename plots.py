@@ -1,4 +1,5 @@
 """Every picture. Drawn on white, so that they read the same on light and on dark pages."""
+import contextlib
 import math
 
 from matplotlib.figure import Figure
@@ -9,25 +10,21 @@ from cli import atomic_write
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+# Under the axes, a legend cannot hide data.
+BELOW = dict(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+REWARDS = {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (RED, "rejected, ")}
 
 
-def axes(rows=1, columns=1, size=(6.4, 4.0), **options):
-    """A figure and a flat list of its axes, in the style of all pictures here."""
+@contextlib.contextmanager
+def picture(path, rows=1, columns=1, size=(6.4, 4.0), **options):
+    """A flat list of axes to draw into, of a figure that is then written to `path`."""
     figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
     grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for ax in grid:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         ax.set_axisbelow(True)
-    return figure, grid
-
-
-def legend_below(ax):
-    """Under the axes, where it cannot hide data."""
-    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-
-
-def save(figure, path):
+    yield grid
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -41,25 +38,23 @@ def plot_smoothed(ax, x, y, colour, window, label=None):
 
 def sft_loss(losses, path):
     """The SFT loss over steps."""
-    figure, (ax,) = axes()
-    plot_smoothed(ax, range(1, len(losses) + 1), losses, BLUE, len(losses) // 200)
-    ax.set(xlabel="step", ylabel="loss (nats per completion token)",
-           title="SFT: the loss falls to what chance leaves")
-    save(figure, path)
+    with picture(path) as (ax,):
+        plot_smoothed(ax, range(1, len(losses) + 1), losses, BLUE, len(losses) // 200)
+        ax.set(xlabel="step", ylabel="loss (nats per completion token)",
+               title="SFT: the loss falls to what chance leaves")
 
 
 def distribution(rows, path):
     """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
-    figure, grid = axes(1, len(rows), size=(5 * len(rows), 3.6), sharey=True)
-    for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
-        bars = ax.bar([f"{k} terms" for k in data.COUNTS],
-                      [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS], color=BLUE)
-        ax.bar_label(bars, fmt="%.0f%%")
-        ax.set(ylim=(0, 108), title="after {}: {exact:.0%} right sums, {preferred:.0%} preferred"
-               .format(name, **row))
-    grid[0].set_ylabel("answers to held-out targets (%)")
-    save(figure, path)
+    with picture(path, 1, len(rows), size=(5 * len(rows), 3.6), sharey=True) as grid:
+        for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
+            bars = ax.bar([f"{k} terms" for k in data.COUNTS],
+                          [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS], color=BLUE)
+            ax.bar_label(bars, fmt="%.0f%%")
+            ax.set(ylim=(0, 108), title="after {}: {exact:.0%} right sums, {preferred:.0%} "
+                   "preferred".format(name, **row))
+        grid[0].set_ylabel("answers to held-out targets (%)")
 
 
 def curves(ax, history, names, **labels):
@@ -74,7 +69,7 @@ def curves(ax, history, names, **labels):
         ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out], "--",
                 color="black" if len(names) == 1 else colour, label=f"{label}held-out pairs")
     ax.set(xlabel="round", **labels)
-    legend_below(ax)
+    ax.legend(**BELOW)
 
 
 def stacked_outcomes(ax, history, title="what the policy answers to held-out targets"):
@@ -84,46 +79,45 @@ def stacked_outcomes(ax, history, title="what the policy answers to held-out tar
     ax.stackplot([row["round"] for row in rows], shares, labels=data.OUTCOMES,
                  colors=[GREEN, BLUE, RED, GREY])
     ax.set(title=title, xlabel="round", ylabel="share of answers (%)", ylim=(0, 100))
-    legend_below(ax)
+    ax.legend(**BELOW)
 
 
 def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
-    figure, (loss, accuracy, margin, rewards, outcomes, pairs) = axes(2, 3, size=(14, 8.4))
-    losses = [row["loss"] for row in history if row["pairs"]] or [math.log(2)]
-    top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
-    curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
-           ylabel="nats per pair", ylim=(0, top))
-    loss.axhline(math.log(2), color=GREY, linewidth=1)
-    curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
-           title="accuracy: chosen reward above rejected", ylabel="share of pairs")
-    curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
-           title="margin: chosen reward minus rejected")
-    curves(rewards, history, {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (
-        RED, "rejected, ")}, title="rewards: beta log(policy / reference)", ylabel="beta x nats")
-    rewards.axhline(0, color=GREY, linewidth=1)
-    stacked_outcomes(outcomes, history)
-    pairs.plot([row["round"] for row in history[1:]], [row["pairs"] for row in history[1:]],
-               color=BLUE, linewidth=0.8)
-    pairs.set(title="pairs in a round: fewer, as mistakes get rare", xlabel="round", ylim=(0, None))
-    save(figure, path)
+    with picture(path, 2, 3, size=(14, 8.4)) as (loss, accuracy, margin, rewards, outcomes, pairs):
+        losses = [row["loss"] for row in history if row["pairs"]] or [math.log(2)]
+        top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
+        curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
+               ylabel="nats per pair", ylim=(0, top))
+        loss.axhline(math.log(2), color=GREY, linewidth=1)
+        curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
+               title="accuracy: chosen reward above rejected", ylabel="share of pairs")
+        curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
+               title="margin: chosen reward minus rejected")
+        curves(rewards, history, REWARDS, title="rewards: beta log(policy / reference)",
+               ylabel="beta x nats")
+        rewards.axhline(0, color=GREY, linewidth=1)
+        stacked_outcomes(outcomes, history)
+        numbers = [row["pairs"] for row in history[1:]]
+        pairs.plot(range(1, len(history)), numbers, color=BLUE, linewidth=0.8)
+        pairs.set(title="pairs in a round: fewer, as mistakes get rare", xlabel="round",
+                  ylim=(0, None))
 
 
 def credit(rows, path):
     """Dicts of `eval.credit`: each completion by token, coloured by its share of the reward."""
-    figure, grid = axes(len(rows), 1, size=(9, 1.7 * len(rows) + 0.5))
-    scale = max(abs(value) for row in rows for _, value in row["tokens"]) or 1.0
-    for ax, row in zip(grid, rows):
-        image = ax.imshow([[value for _, value in row["tokens"]]], cmap="PuOr_r", vmin=-scale,
-                          vmax=scale, aspect="auto")
-        for i, (token, value) in enumerate(row["tokens"]):
-            ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
-                    color="white" if abs(value) > 0.7 * scale else "black")
-        ax.set(xticks=[], yticks=[])
-        ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
-            math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
-    figure.colorbar(image, ax=list(grid), label="reward of a token")
-    if len(rows) > 1:
-        figure.suptitle("where DPO put its credit: a margin of "
-                        f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
-    save(figure, path)
+    with picture(path, len(rows), 1, size=(9, 1.7 * len(rows) + 0.5)) as grid:
+        scale = max(abs(value) for row in rows for _, value in row["tokens"]) or 1.0
+        for ax, row in zip(grid, rows):
+            image = ax.imshow([[value for _, value in row["tokens"]]], cmap="PuOr_r", vmin=-scale,
+                              vmax=scale, aspect="auto")
+            for i, (token, value) in enumerate(row["tokens"]):
+                ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
+                        color="white" if abs(value) > 0.7 * scale else "black")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
+                math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
+        grid[0].figure.colorbar(image, ax=list(grid), label="reward of a token")
+        if len(rows) > 1:
+            grid[0].figure.suptitle("where DPO put its credit: a margin of "
+                            f"{rows[0]['reward'] - rows[1]['reward']:.1f}")

@@ -1,5 +1,6 @@
 """SFT: teach a Transformer, from scratch, to write numbers that sum to a target."""
 import math
+import time
 
 import tinygrad_lite.functional as F
 from tinygrad_lite import Adam, World, clip_grad_norm, cosine_schedule, launch, no_grad
@@ -69,12 +70,12 @@ def train_new_model(world, config, arguments):
     model, losses = Transformer(config, arguments.seed), []
     rng = np.random.default_rng([arguments.seed, 1])  # a stream of its own, beside the weights'
     batches = (data.random_lines(arguments.batch_size, rng) for _ in range(arguments.steps))
-    progress = cli.Progress(arguments.steps, "step")
+    started = time.perf_counter()
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
         if world.rank == 0:
-            progress.show(len(losses), f"loss {loss:.3f}")
-    return model, losses, progress.seconds()
+            cli.show_progress("step", len(losses), arguments.steps, started, f"loss {loss:.3f}")
+    return model, losses, time.perf_counter() - started
 
 
 def parse_arguments(argv):

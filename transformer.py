@@ -26,7 +26,6 @@ class Config:
         for name, value in vars(self).items():
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-            object.__setattr__(self, name, int(value))  # a NumPy integer is no JSON
         if self.d_model % (2 * self.n_heads):
             raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
                             f"{2 * self.n_heads}; rotary positions turn pairs of features")
@@ -128,7 +127,7 @@ class Transformer:
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise UserError(f"{path} was not written: infinite or NaN weights; try a lower --lr")
         with atomic_write(path) as file:
-            np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
+            np.savez(file, config=json.dumps(vars(self.config), default=int), **arrays)
 
     @classmethod
     def load(cls, path):
@@ -158,8 +157,7 @@ def _read_checkpoint(file):
             shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
             array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
             arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
-    fields = json.loads(arrays.pop("config").item())
-    config = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**json.loads(arrays.pop("config").item()))
     if 6 * config.n_layers + 3 != len(arrays):  # before a list of them is made
         raise ValueError(f"it holds {len(arrays)} arrays, not those of its config")
     for name, shape in parameter_shapes(config).items():

@@ -177,15 +177,13 @@ def lesson(n_seeds=2):
             print(f"{source:6} seed {seed}  " + "loss {loss:.2f}  rewards {rewards/chosen:+.1f} "
                   "{rewards/rejected:+.1f}  accuracy {rewards/accuracies:.2f}".format(**last),
                   " both {both:.3f}  exact {exact:.3f}  preferred {preferred:.3f}".format(**row))
-    figure, grid = plots.axes(2, 3, size=(14, 8), sharey="row")
-    for i, (source, history) in enumerate(histories.items()):
-        plots.stacked_outcomes(grid[i], history, SOURCES[source])
-        plots.curves(grid[3 + i], history, {"rewards/chosen": (plots.GREEN, "chosen, "),
-                                            "rewards/rejected": (plots.RED, "rejected, ")},
-                     ylabel="reward of the pairs (beta x nats)")
-    figure.suptitle("the same loss, the same number of steps: what the policy answers depends on "
-                    "where the pairs come from")
-    plots.save(figure, ROOT / "assets" / "lesson.png")
+    with plots.picture(ROOT / "assets" / "lesson.png", 2, 3, (14, 8), sharey="row") as grid:
+        for i, (source, history) in enumerate(histories.items()):
+            plots.stacked_outcomes(grid[i], history, SOURCES[source])
+            plots.curves(grid[3 + i], history, plots.REWARDS,
+                         ylabel="reward of the pairs (beta x nats)")
+        grid[0].figure.suptitle("the same loss, the same number of steps: what the policy answers "
+                                "depends on where the pairs come from")
 
 
 def divergence(policy, reference):
@@ -245,19 +243,18 @@ def beta():
         print("beta {:<5g} both {:.3f}  exact {:.3f}  preferred {:.3f}  divergence {:.2f} nats"
               .format(*points[-1]))
     betas, both, exact, preferred, nats = zip(*points)
-    figure, (gain, cost) = plots.axes(1, 2, size=(11, 4), sharex=True)
-    for name, values, colour in (("right and preferred", both, plots.GREEN),
-                                 ("right sum", exact, plots.BLUE),
-                                 ("preferred", preferred, plots.ORANGE)):
-        gain.plot(betas, values, "o-", color=colour, label=name)
-    cost.plot(betas, nats, "o-", color=plots.RED)
-    gain.set(title="the gain", xlabel="beta", ylabel="share of answers to held-out targets")
-    cost.set(title="the cost: a larger beta stays closer", xlabel="beta", xscale="log",
-             ylabel="KL(policy || reference), nats an answer", ylim=(0, None))
-    cost.set_xticks(betas, [f"{value:g}" for value in betas], minor=False)
-    cost.minorticks_off()
-    plots.legend_below(gain)
-    plots.save(figure, ROOT / "assets" / "beta.png")
+    with plots.picture(ROOT / "assets" / "beta.png", 1, 2, (11, 4), sharex=True) as (gain, cost):
+        for name, values, colour in (("right and preferred", both, plots.GREEN),
+                                     ("right sum", exact, plots.BLUE),
+                                     ("preferred", preferred, plots.ORANGE)):
+            gain.plot(betas, values, "o-", color=colour, label=name)
+        cost.plot(betas, nats, "o-", color=plots.RED)
+        gain.set(title="the gain", xlabel="beta", ylabel="share of answers to held-out targets")
+        cost.set(title="the cost: a larger beta stays closer", xlabel="beta", xscale="log",
+                 ylabel="KL(policy || reference), nats an answer", ylim=(0, None))
+        cost.set_xticks(betas, [f"{value:g}" for value in betas], minor=False)
+        cost.minorticks_off()
+        gain.legend(**plots.BELOW)
 
 
 def main():

@@ -114,7 +114,7 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
     assert printed("sft.npz", "--prompt", 77).count("\n") == 1 + 5
     monkeypatch.setattr(evaluation, "answers_to", lambda model, *rest: [{"asked": rest}])
     flags = ["--samples", 3, "--json", "--temperature", 0.5, "--seed", 1, "--prefer", 2]
-    monkeypatch.setattr(evaluation, "answer_line", str)
+    monkeypatch.setattr(evaluation, "ANSWER", "")
     assert json.loads(printed("sft.npz", "--prompt", 77, *flags)) == [
         {"checkpoint": "sft.npz", "asked": [77, 3, 0.5, 1, 2]}]
     models = [Transformer.load(save_model("other.npz", seed=1)), Transformer.load("sft.npz")]
@@ -126,29 +126,31 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
     assert text.count("reward +0.00\n") == 2 and text.splitlines()[2].startswith("100=9+91")
 
 
-@pytest.mark.parametrize("seconds, shown", [(10, [4, 0, 0, 4]), (1e-3, [4, 4])])
-def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch, seconds, shown):
-    """One without pairs, too. If rounds are quick, only the first and the last are shown."""
-    clock, make, sizes = iter(np.arange(1e4) * seconds), dpo.rule_rounds, iter([4, 0, 0, 4])
+def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch):
+    """One without pairs, too; with the seconds left, here ten for each round."""
+    clock, make, sizes = iter([0, 10, 20, 30, 40, 50]), dpo.rule_rounds, iter([4, 0, 0, 4])
     monkeypatch.setattr(dpo, "rule_rounds", lambda *rest: (
         pairs[:next(sizes)] for pairs in make(*rest)))
     monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
     dpo.train_policy(World(), dpo.parse_arguments([*RUNS["dpo"], "--rounds", "4"]))
     monkeypatch.undo()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round")]
-    assert [int(re.fullmatch(r"round [1-4]/4  ([04]) pairs(  loss [0-9.]+(  rewards/[a-z]+ "
-                             r"-?[0-9.]+){2})?  [0-9]+ s left", line)[1])
-            for line in lines] == shown
+    for line, i, n in zip(lines, (1, 2, 3, 4), (4, 0, 0, 4), strict=True):
+        numbers = r"(  loss [0-9.]+(  rewards/[a-z]+ -?[0-9.]+){2})?"
+        assert re.fullmatch(rf"round {i}/4  {n} pairs{numbers}  {40 - 10 * i} s left", line)
 
 
 @pytest.mark.parametrize("rounds", [3, 40, 42, 99, 500])
-def test_held_out_targets_are_measured_forty_times_and_at_the_end(monkeypatch, rounds):
+def test_a_run_is_measured_and_shown_forty_times_and_at_its_end(capsys, monkeypatch, rounds):
     monkeypatch.setattr(dpo, "measure", lambda *_: {"shares": {}})
     monkeypatch.setattr(dpo, "train", lambda *_: (
         {"round": i + 1, "pairs": 0} for i in range(rounds)))
     arguments = dpo.parse_arguments([*RUNS["dpo"], "--rounds", str(rounds)])
     history = dpo.train_policy(World(), arguments)[2]
     measured = [row["round"] for row in history if "shares" in row]
+    shown = [int(i.replace(",", "")) for i in re.findall("^round (.*)/", capsys.readouterr().out,
+                                                         re.MULTILINE)]
+    assert shown == measured[1:]
     assert measured[0] == 0 and measured[-1] == rounds and len(measured) == 1 + min(40, rounds)
     assert np.ptp(np.diff(measured)) <= 1  # evenly
 
@@ -179,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_with_its_name(damage):
     ("odd.npz", "os.mkdir('odd.json')"), ("locked/x.npz", "os.mkdir('locked', 0o500)")],
     ids=["long", "long beside it", "below a file", "device", "pipe", "folder", "read-only"])
 def test_where_saving_would_fail_nothing_is_trained(monkeypatch, program, out, prepare):
-    monkeypatch.setattr(cli, "Progress", None)  # training would fail
+    monkeypatch.setattr(cli, "show_progress", None)  # training would fail
     exec(prepare)
     if out == "locked/x.npz" and os.access("locked", os.W_OK):
         pytest.skip("root may write anywhere")

@@ -80,8 +80,8 @@ def test_answers_to_a_prompt_the_greedy_one_first(monkeypatch):
         monkeypatch.setattr(evaluation, "sample", lambda model, targets, *_: [answer(42, terms)])
         row, text = evaluation.answers_to(None, 42, 1, prefer=prefer)[0], text_of(42, terms)
         assert row == {"mode": "greedy", "answer": text, "sum": total, "outcome": outcome}
-        total = f"sum {total}" if total else "no sum"
-        assert evaluation.answer_line(row).split() == f"greedy {text} {total} {outcome}".split()
+        line = evaluation.ANSWER.format(**row)
+        assert line.split() == f"greedy {text} sum {total} {outcome}".split()
 
 
 @given(sums, st.floats(0.1, 3), seeds)

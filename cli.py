@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import tinygrad_lite  # noqa: F401  before NumPy, for the number of BLAS threads
 import numpy as np
+
+_unfinished = set()  # files that are being written
 
 
 class UserError(ValueError):
@@ -49,8 +50,7 @@ def _stop(*_):
     for process in multiprocessing.active_children():
         process.kill()
     for part in list(_unfinished):
-        with contextlib.suppress(OSError):
-            os.unlink(part)
+        part.unlink(missing_ok=True)
     os.write(2, b"stopped\n")
     os._exit(130)
 
@@ -83,27 +83,15 @@ positive = flag_type(float, lambda x: 0 < x < 1e30, "above 0 and below 1e30")
 checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file name ending in .npz")
 
 
-def add_training_flags(parser, out):
-    add = parser.add_argument
-    add("--seed", type=whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
-    add("--processes", type=whole(1, 64), default=2, help="processes that share the work")
-    add("--out", type=checkpoint_path, default=out,
-        help="the checkpoint to write; a .json and pictures go beside it")
-
-
 def show_progress(unit, done, total, started, text):
-    """Print how far a run has come that began at perf_counter() `started`; 40 lines in all."""
-    if 40 * done % total < 40:
-        left = math.ceil((time.perf_counter() - started) / done * (total - done))
-        print(f"{unit} {done:,}/{total:,}  {text}  {left} s left", flush=True)
-
-
-_unfinished = set()  # files that are being written
+    """Print how far a run has come that began at perf_counter() `started`."""
+    left = (time.perf_counter() - started) / done * (total - done)
+    print(f"{unit} {done:,}/{total:,}  {text}  {left:.0f} s left", flush=True)
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that takes its place at `path` only once it is complete and on disk."""
+    """A binary file that takes its place at `path` only once it is complete."""
     path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
@@ -111,8 +99,6 @@ def atomic_write(path):
     try:
         with open(part, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -126,7 +112,7 @@ def write_json(path, **facts):
 
 
 def outputs(path, *endings):
-    """The files with these endings beside `path`, runs/sft.npz -> runs/sft-loss.png. Raises
+    """The files with these endings beside `path`, runs/dpo.npz -> runs/dpo-dist.png. Raises
     UserError where one of them, or `path`, cannot be written: before minutes of training."""
     files = [path, *(path.with_name(path.stem + ending) for ending in endings)]
     for file in files:

@@ -16,7 +16,7 @@ from sft import SHARD, completion_logps
 PATIENCE = 10  # rounds in a row without a pair after which training ends
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
           "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies")  # while it runs
+SHOWN = ("pairs", "loss", "rewards/margins", "rewards/accuracies")  # while it runs
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps,
@@ -66,7 +66,7 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
     n_answers times. Answers that are right and preferred are paired off with others; the rest is
-    dropped. The first n_by_rule targets take good ones from lines made by rule, unless all lack."""
+    dropped. If any is good, the first n_by_rule targets take good ones from lines made by rule."""
     def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
     lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
     answers = [(line, is_good(line)) for line in lines]
@@ -129,10 +129,9 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
         empty, log = 0, np.zeros(len(LOGGED))
         for shard in data.by_length(pairs, SHARD // 2):
             loss, shard_log = loss_and_log(policy, reference, shard, beta, sft_weight)
-            weight = len(shard) / n_pairs
-            loss = loss * weight
+            loss = loss * (len(shard) / n_pairs)
             loss.backward()
-            log += shard_log * weight
+            log += shard_log * (len(shard) / n_pairs)
         log = world.all_reduce_gradients(parameters, log).tolist()
         if not np.isfinite(log[0]):
             raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr")
@@ -175,11 +174,11 @@ def train_policy(world, arguments):
     for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
                      arguments.sft_weight):
         if world.rank == 0:
+            history.append(row)
             if 40 * row["round"] % rounds < 40:  # 40 times in a run, the last at its end
                 row |= measure(policy, reference, held_out, beta, prefer)
-            history.append(row)
-            text = "".join(f"  {name} {row[name]:.2f}" for name in SHOWN if name in row)
-            cli.show_progress("round", row["round"], rounds, started, f"{row['pairs']} pairs{text}")
+                text = "  ".join(f"{name} {round(row[name], 2)}" for name in SHOWN if name in row)
+                cli.show_progress("round", row["round"], rounds, started, text)
     return policy, reference, history, time.perf_counter() - started
 
 
@@ -188,10 +187,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["online", "once", "rule"], default="online",
-        help="the policy's own answers, sampled afresh for every round; the SFT model's, sampled "
-             "once; or right sums by rule, told apart by their number of terms")
-    add("--fresh-every", type=cli.whole(1), default=1, metavar="ROUNDS",
-        help="rounds that share the answers they train on; above 50, in multiples of 50")
+        help="own answers, sampled anew for each round or once; or right sums made by rule")
+    add("--fresh-every", type=cli.whole(1), default=1, help="rounds that share sampled answers")
     add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
@@ -199,7 +196,9 @@ def parse_arguments(argv):
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
     add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
-    cli.add_training_flags(parser, "runs/dpo.npz")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
+    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
+    add("--out", type=cli.checkpoint_path, default="runs/dpo.npz", help="the checkpoint to write")
     return parser.parse_args(argv)
 
 
@@ -225,7 +224,7 @@ def main(argv=None):
     plots.distribution(rows, terms_picture)
     plots.dpo_training(history, training_picture)
     print(f"\n{evaluation.table(rows)}\n")
-    for target in evaluation.EXAMPLES:
+    for target in (96, 52, 13):  # held out
         for name, model in (("SFT", reference), ("DPO", policy)):
             print(name, evaluation.ANSWER.format(**evaluation.answers_to(model, target, 0)[0]))
     print(f"\nwrote {out}; now try: python eval.py {out} --prompt 100")

@@ -12,7 +12,6 @@ from transformer import Transformer
 
 CHUNK = 512  # prompts decoded together: more do not fit the processor's cache
 ANSWERS = 50  # sampled for each target
-EXAMPLES = [96, 52, 13]  # held-out targets whose answers a run prints
 ANSWER = "{mode:7}  {answer:24}  sum {sum!s:4}  {outcome}"  # a row of `answers_to` as text
 
 
@@ -33,12 +32,11 @@ def metrics(lines, prefer=3):
     each of data.OUTCOMES). Of those that parse: `mean_abs_error` of the sum, None if there are
     none, and `counts` by number of terms, as {"3": 41}."""
     judged, n = [data.judge(line, prefer) for line in lines], len(lines)
-    parsed = [j for j in judged if j.terms]
-    sizes = [len(j.terms) for j in parsed]
-    errors = [abs(j.total - j.target) for j in parsed]
+    sizes = [len(j.terms) for j in judged if j.terms]
+    errors = [abs(j.total - j.target) for j in judged if j.terms]
     shares = {outcome: sum(j.outcome == outcome for j in judged) / n for outcome in data.OUTCOMES}
     return {"n": n, "both": shares["right, preferred"], "exact": sum(j.exact for j in judged) / n,
-            "preferred": sum(j.preferred for j in judged) / n, "format": len(parsed) / n,
+            "preferred": sum(j.preferred for j in judged) / n, "format": len(sizes) / n,
             "mean_abs_error": sum(errors) / len(errors) if errors else None, "shares": shares,
             "counts": {str(k): sizes.count(k) for k in sorted({*data.COUNTS, *sizes})}}
 

@@ -1,6 +1,5 @@
 """Every picture. Drawn on white, so that they read the same on light and on dark pages."""
 import contextlib
-import math
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -29,21 +28,6 @@ def picture(path, rows=1, columns=1, size=(6.4, 4.0), **options):
         figure.savefig(file, format="png")
 
 
-def plot_smoothed(ax, x, y, colour, window, label=None):
-    """A curve of means of 2 window + 1 values, the raw values pale behind it."""
-    means = [np.mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
-    ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.6)
-    ax.plot(x, means, color=colour, label=label)
-
-
-def sft_loss(losses, path):
-    """The SFT loss over steps."""
-    with picture(path) as (ax,):
-        plot_smoothed(ax, range(1, len(losses) + 1), losses, BLUE, len(losses) // 200)
-        ax.set(xlabel="step", ylabel="loss (nats per completion token)",
-               title="SFT: the loss falls to what chance leaves")
-
-
 def distribution(rows, path):
     """Number of terms of sampled answers to held-out targets: a panel for each checkpoint."""
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
@@ -59,13 +43,16 @@ def distribution(rows, path):
 
 def curves(ax, history, names, **labels):
     """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: on the training pairs,
-    and dashed on the held-out ones. At first all rewards are 0: there is no accuracy to draw."""
+    means of 25 rounds before the pale raw values, and dashed on the held-out pairs. At first all
+    rewards are 0: there is no accuracy to draw."""
     first = 1 if "rewards/accuracies" in names else 0
     trained = [row for row in history if row["pairs"]][first:]
     held_out = [row for row in history if "eval_loss" in row][first:]
     for name, (colour, label) in names.items():
-        plot_smoothed(ax, [row["round"] for row in trained], [row[name] for row in trained], colour,
-                      12, f"{label}training pairs")
+        x, y = [row["round"] for row in trained], [row[name] for row in trained]
+        means = [np.mean(y[max(0, i - 12):i + 13]) for i in range(len(y))]
+        ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.6)
+        ax.plot(x, means, color=colour, label=f"{label}training pairs")
         ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out], "--",
                 color="black" if len(names) == 1 else colour, label=f"{label}held-out pairs")
     ax.set(xlabel="round", **labels)
@@ -85,11 +72,11 @@ def stacked_outcomes(ax, history, title="what the policy answers to held-out tar
 def dpo_training(history, path):
     """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
     with picture(path, 2, 3, size=(14, 8.4)) as (loss, accuracy, margin, rewards, outcomes, pairs):
-        losses = [row["loss"] for row in history if row["pairs"]] or [math.log(2)]
+        losses = [row["loss"] for row in history if row["pairs"]] or [np.log(2)]
         top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
         curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
                ylabel="nats per pair", ylim=(0, top))
-        loss.axhline(math.log(2), color=GREY, linewidth=1)
+        loss.axhline(np.log(2), color=GREY, linewidth=1)
         curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
                title="accuracy: chosen reward above rejected", ylabel="share of pairs")
         curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
@@ -116,7 +103,7 @@ def credit(rows, path):
                         color="white" if abs(value) > 0.7 * scale else "black")
             ax.set(xticks=[], yticks=[])
             ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
-                math.exp(row["reference_logp"]), math.exp(row["policy_logp"]), **row), loc="left")
+                np.exp(row["reference_logp"]), np.exp(row["policy_logp"]), **row), loc="left")
         grid[0].figure.colorbar(image, ax=list(grid), label="reward of a token")
         if len(rows) > 1:
             grid[0].figure.suptitle("where DPO put its credit: a margin of "

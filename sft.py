@@ -73,7 +73,7 @@ def train_new_model(world, config, arguments):
     started = time.perf_counter()
     for loss in train(model, batches, arguments.steps, arguments.lr, world):
         losses.append(loss)
-        if world.rank == 0:
+        if world.rank == 0 and 40 * len(losses) % arguments.steps < 40:  # 40 times in a run
             cli.show_progress("step", len(losses), arguments.steps, started, f"loss {loss:.3f}")
     return model, losses, time.perf_counter() - started
 
@@ -88,16 +88,18 @@ def parse_arguments(argv):
     add("--n-layers", type=cli.whole(1), default=2, help="number of blocks")
     add("--n-heads", type=cli.whole(1), default=4, help="attention heads of each block")
     add("--d-hidden", type=cli.whole(1), default=96, help="hidden width of the MLP")
-    cli.add_training_flags(parser, "runs/sft.npz")
+    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
+    add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
+    add("--out", type=cli.checkpoint_path, default="runs/sft.npz", help="the checkpoint to write")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Train from scratch; write checkpoint, log and picture; print metrics and excess."""
+    """Train from scratch; write checkpoint and log; print metrics and excess."""
     arguments = parse_arguments(argv)
     config = Config(len(data.VOCAB), arguments.d_model, arguments.n_layers, arguments.n_heads,
                     arguments.d_hidden, data.MAX_LEN)
-    log, picture = cli.outputs(arguments.out, ".json", "-loss.png")
+    (log,) = cli.outputs(arguments.out, ".json")
     model, losses, seconds = launch(arguments.processes, train_new_model, config, arguments)
 
     model.save(arguments.out)
@@ -106,8 +108,6 @@ def main(argv=None):
               (("trained", data.TRAINING), ("held-out", data.HELD_OUT))}
     cli.write_json(log, settings=vars(arguments), seconds=seconds, metrics=rows,
                    excess_nats=excess, history={"loss": losses})
-    import plots  # here, so that --help need not wait for matplotlib
-    plots.sft_loss(losses, picture)
     print(f"\n{evaluation.table(rows)}\n")
     print("excess over the rule, nats a line: {trained:.2f} on trained targets, {held-out:.2f} on "
           "held-out ones\n".format(**excess))

@@ -27,8 +27,7 @@ class Config:
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.d_model % (2 * self.n_heads):
-            raise UserError(f"d_model {self.d_model} is not divisible by 2 n_heads = "
-                            f"{2 * self.n_heads}; rotary positions turn pairs of features")
+            raise UserError(f"d_model must be a multiple of 2 n_heads = {2 * self.n_heads}")
 
 
 def parameter_shapes(config):

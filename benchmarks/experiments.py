@@ -36,7 +36,7 @@ CHANGES = {  # of a line of dpo.py, which some runs of the laboratory make: old,
     "mean": ("logps = completion_logps(model, lines)",
              "logps = completion_logps(model, lines) / data.completion_mask(lines).sum(axis=1)"),
     "no clip": ("clip_grad_norm(parameters, 1.0)", "pass"),
-    "divisor": ("loss = loss * weight", "loss = loss * (len(shard) / 384)"),
+    "divisor": ("loss = loss * (len(shard) / n_pairs)", "loss = loss * (len(shard) / 384)"),
     "own": ("n_by_rule = -(-len(targets) // 32)", "n_by_rule = 0")}
 LABORATORY = {  # section: the numbers it shows and its runs, flags and a change
     "1. The chosen reward": (

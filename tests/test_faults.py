@@ -102,9 +102,9 @@ def test_help_is_quick_and_waits_for_no_matplotlib(program):
 
 @pytest.mark.parametrize("program, processes, setup", [
     ("sft", 1, "before(data, 'random_lines', press)"), ("sft", 2, "before(numpy, 'savez', press)"),
-    ("sft", 2, "before(sft, 'clip_grad_norm', press)"), ("sft", 1, "before(os, 'fsync', press)"),
-    ("sft", 1, "before(os, 'replace', press)"), ("sft", 1, "before(cli.Path, 'unlink', press)"),
-    ("sft", 2, "sys.addaudithook(lambda event, args: 'matplotlib' in str(args[:1]) and press())"),
+    ("sft", 2, "before(sft, 'clip_grad_norm', press)"), ("sft", 1, "before(os, 'replace', press)"),
+    ("sft", 1, "before(cli.Path, 'unlink', press)"),
+    ("dpo", 2, "sys.addaudithook(lambda event, args: 'matplotlib' in str(args[:1]) and press())"),
     ("dpo", 2, "before(dpo, 'clip_grad_norm', press)"),
     *[(program, 2, "before(transformer, '_choose', press)") for program in ("dpo", "eval")]])
 def test_ctrl_c_in_the_middle(earlier, program, processes, setup):

@@ -29,7 +29,6 @@ HISTORY = [START, STEPS[0], EMPTY, *STEPS[1:]]
 CREDIT = [{"line": line, "policy_logp": -1.0, "reference_logp": -2.0, "reward": reward,
            "tokens": tokens} for line, reward, tokens in (
                ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]), ("10=9", 1.0, [("9", 1.0)]))]
-LOSSES = [math.sin(i) for i in range(1000)]
 
 
 def draw(name, numbers):
@@ -44,7 +43,7 @@ def draw(name, numbers):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name, numbers", [
-    ("sft_loss", LOSSES), ("distribution", ROWS), ("credit", CREDIT), ("credit", CREDIT[:1]),
+    ("distribution", ROWS), ("credit", CREDIT), ("credit", CREDIT[:1]),
     ("dpo_training", HISTORY), ("dpo_training", [START, EMPTY])])
 def test_no_picture_has_text_of_a_file_name_or_a_legend_over_data(tmp_path, name, numbers):
     figure = draw(name, numbers)[0].figure
@@ -57,14 +56,10 @@ def test_no_picture_has_text_of_a_file_name_or_a_legend_over_data(tmp_path, name
             assert legend.get_window_extent(renderer).y1 < ax.get_window_extent(renderer).y0
 
 
-def test_the_distribution_in_percent_and_the_loss_raw_and_smoothed():
+def test_the_distribution_in_percent():
     for ax, name in zip(draw("distribution", ROWS), ("SFT", "DPO"), strict=True):
         assert [bar.get_height() for bar in ax.patches] == [10, 25, 50, 15]
         assert ax.get_title() == f"after {name}: 50% right sums, 25% preferred"
-    raw, smooth = draw("sft_loss", LOSSES)[0].lines
-    assert list(raw.get_ydata()) == LOSSES and list(raw.get_xdata()) == [*range(1, 1001)]
-    assert smooth.get_ydata()[500] == pytest.approx(np.mean(LOSSES[495:506]))
-    assert smooth.get_ydata()[0] == pytest.approx(np.mean(LOSSES[:6]))
 
 
 def drawn(ax, held_out=False):
@@ -86,6 +81,13 @@ def test_the_training_curves_leave_out_rounds_without_pairs_and_accuracies_of_ti
     assert np.allclose(tops, [40, 70, 90, 100]) and list(pairs.lines[0].get_ydata()) == [8, 0, 6, 5]
     late = [START, {**EMPTY, "round": 1}, {**STEPS[0], "round": 2}, *STEPS[1:]]
     assert drawn(draw("dpo_training", late)[1]) == drawn(curves[1])
+
+
+def test_rounds_are_smoothed_by_those_around_them():
+    rows = [STEPS[0] | {"round": i, "loss": math.sin(i)} for i in range(1, 101)]
+    raw, smooth = (line.get_ydata() for line in draw("dpo_training", [START, *rows])[0].lines[:2])
+    assert list(raw) == [row["loss"] for row in rows]
+    assert smooth[50] == pytest.approx(np.mean(raw[38:63])) and smooth[0] == np.mean(raw[:13])
 
 
 def test_credit_writes_every_token_with_its_value():

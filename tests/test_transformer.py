@@ -104,7 +104,7 @@ def test_config_is_a_constant_of_whole_numbers_that_fit_together():
             with pytest.raises(ValueError, match=f"{field} must be a whole number"):
                 Config(**{**GOOD, field: value})
     for d_model, n_heads in np.argwhere(np.arange(17)[:, None] % np.arange(2, 17, 2)) + [0, 1]:
-        with pytest.raises(ValueError, match=f"d_model {d_model} .* 2 n_heads = {2 * n_heads}"):
+        with pytest.raises(ValueError, match=f"d_model .* 2 n_heads = {2 * n_heads}$"):
             Config(**{**GOOD, "d_model": d_model, "n_heads": n_heads})
     config = Config(*map(np.int64, GOOD.values()))
     assert config == Config(**GOOD)
@@ -165,7 +165,7 @@ def test_what_cannot_be_read_or_generated():
 
 def test_a_checkpoint_is_an_npz_and_gives_back_every_bit(tmp_path):
     path = tmp_path / "new" / "model.npz"
-    for config in (Config(**GOOD), Config(*map(np.int64, (1, 2, 2, 1, 1, 1)))):  # the second one replaces the first
+    for config in Config(**GOOD), Config(*map(np.int64, (1, 2, 2, 1, 1, 1))):  # replaces the first
         model = Transformer(config, seed=3)
         model.save(path)
         loaded = Transformer.load(path)

@@ -36,7 +36,8 @@ def run(main):
     except BrokenPipeError:  # `| head -1` has read enough
         code = 1
     except (UserError, OSError, MemoryError) as error:
-        code, message = 2, str(error) or "not enough memory; choose smaller sizes"
+        full = isinstance(error, MemoryError)
+        code, message = 2, "not enough memory; choose smaller sizes" if full else str(error)
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     if code:  # what could not be printed must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -84,7 +85,7 @@ checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file na
 
 
 def show_progress(unit, done, total, started, text):
-    """Print how far a run has come that began at perf_counter() `started`."""
+    """Print how far a run is that began at perf_counter() `started`, and the seconds left."""
     left = (time.perf_counter() - started) / done * (total - done)
     print(f"{unit} {done:,}/{total:,}  {text}  {left:.0f} s left", flush=True)
 

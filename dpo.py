@@ -66,12 +66,12 @@ def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
 def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
     """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
     n_answers times. Answers that are right and preferred are paired off with others; the rest is
-    dropped. If any is good, the first n_by_rule targets take good ones from lines made by rule."""
+    dropped. If any is good, the first n_by_rule targets use good lines made by rule instead."""
     def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
     lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
     answers = [(line, is_good(line)) for line in lines]
     rng, paired = random.Random(int(rng.integers(2 ** 63))), []
-    n_by_rule *= any(fits for _, fits in answers)  # none: no pairs at all, which main() explains
+    n_by_rule = n_by_rule if any(fits for _, fits in answers) else 0  # no good answer, no pairs
     for i, target in enumerate(targets):
         own = answers[i * n_answers:(i + 1) * n_answers]
         good = [line for line, fits in own if fits]
@@ -86,15 +86,15 @@ def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
 def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
     """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
     then, answers anew: enough for min(fresh_every, 50) rounds, which come again in another order
-    until fresh_every are over. For one target in 32 the good answers are made by rule, as SFT's
-    data is: otherwise one that the policy no longer writes could never be chosen again."""
+    until fresh_every rounds are over. For one target in 32 the good answers are made by rule, as
+    SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
     n_rounds = min(fresh_every, 50)
     while True:
         targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
         n_by_rule = -(-len(targets) // 32)  # rounded up
         pairs = judged_pairs(policy, targets, n_answers, prefer, rng, n_by_rule)
-        for _ in range(-(-fresh_every // n_rounds)):  # rounded up
-            yield from np.array_split(rng.permutation(pairs), n_rounds)
+        for start in range(0, fresh_every, n_rounds):
+            yield from np.array_split(rng.permutation(pairs), n_rounds)[:fresh_every - start]
 
 
 def rule_rounds(n_pairs, prefer, rng):
@@ -113,7 +113,7 @@ def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight
     """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
     which every process has its own. Trains `policy` in place; `reference` is only read.
     Yields a log a round, a dict about the pairs of all processes before the step: at first policy
-    and reference are one, the loss is ln 2. A round without pairs is skipped; after PATIENCE of
+    and reference are equal, the loss is ln 2. A round without pairs is skipped; after PATIENCE of
     them in a row training ends. Raises UserError when the loss is no longer finite."""
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
@@ -177,6 +177,7 @@ def train_policy(world, arguments):
             history.append(row)
             if 40 * row["round"] % rounds < 40:  # 40 times in a run, the last at its end
                 row |= measure(policy, reference, held_out, beta, prefer)
+            if row["round"] == 1 or "shares" in row:
                 text = "  ".join(f"{name} {round(row[name], 2)}" for name in SHOWN if name in row)
                 cli.show_progress("round", row["round"], rounds, started, text)
     return policy, reference, history, time.perf_counter() - started
@@ -187,8 +188,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["online", "once", "rule"], default="online",
-        help="own answers, sampled anew for each round or once; or right sums made by rule")
-    add("--fresh-every", type=cli.whole(1), default=1, help="rounds that share sampled answers")
+        help="the policy's answers, sampled anew as it changes; the SFT model's; or sums by rule")
+    add("--fresh-every", type=cli.whole(1), default=1, help="rounds from one sampling to the next")
     add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
@@ -198,7 +199,7 @@ def parse_arguments(argv):
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
-    add("--out", type=cli.checkpoint_path, default="runs/dpo.npz", help="the checkpoint to write")
+    add("--out", type=cli.checkpoint_path, default="runs/dpo.npz", help="checkpoint, log beside it")
     return parser.parse_args(argv)
 
 
@@ -214,8 +215,7 @@ def main(argv=None):
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):
         if rows[-1]["both"] < 0.5:
-            raise cli.UserError(f"{PATIENCE} rounds without a pair: too few answers are right and "
-                                f"preferred; raise --answers, or train SFT longer")
+            raise cli.UserError("too few good answers to pair; raise --answers or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
 
     policy.save(out)
@@ -227,7 +227,7 @@ def main(argv=None):
     for target in (96, 52, 13):  # held out
         for name, model in (("SFT", reference), ("DPO", policy)):
             print(name, evaluation.ANSWER.format(**evaluation.answers_to(model, target, 0)[0]))
-    print(f"\nwrote {out}; now try: python eval.py {out} --prompt 100")
+    print(f"\nwrote {out}, beside it log and pictures; try: python eval.py {out} --prompt 100")
 
 
 if __name__ == "__main__":

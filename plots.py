@@ -42,9 +42,8 @@ def distribution(rows, path):
 
 
 def curves(ax, history, names, **labels):
-    """Numbers of a DPO run's log over its rounds, {name: (colour, label)}: on the training pairs,
-    means of 25 rounds before the pale raw values, and dashed on the held-out pairs. At first all
-    rewards are 0: there is no accuracy to draw."""
+    """A log's numbers over its rounds, {name: (colour, label)}: means of 25 over pale raw values,
+    dashed for the held-out pairs. The first accuracy is left out: all rewards are still 0."""
     first = 1 if "rewards/accuracies" in names else 0
     trained = [row for row in history if row["pairs"]][first:]
     held_out = [row for row in history if "eval_loss" in row][first:]

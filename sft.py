@@ -58,7 +58,7 @@ def train(model, batches, steps, lr, world=World()):
             raise cli.UserError(f"the loss is {batch_loss} at step {step + 1}; try a lower --lr")
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
-        # A slow mean of the gradients, counted ever more, halves the steps; at once, it diverges.
+        # With a slow mean of the gradients half the steps do; at full weight at once, it does harm.
         optimizer.alpha = 16 * step / steps
         optimizer.step()
         optimizer.zero_grad()
@@ -90,7 +90,7 @@ def parse_arguments(argv):
     add("--d-hidden", type=cli.whole(1), default=96, help="hidden width of the MLP")
     add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
-    add("--out", type=cli.checkpoint_path, default="runs/sft.npz", help="the checkpoint to write")
+    add("--out", type=cli.checkpoint_path, default="runs/sft.npz", help="checkpoint, log beside it")
     return parser.parse_args(argv)
 
 

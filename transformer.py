@@ -156,16 +156,16 @@ def _read_checkpoint(file):
             shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
             array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
             arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
-    config = Config(**json.loads(arrays.pop("config").item()))
-    if 6 * config.n_layers + 3 != len(arrays):  # before a list of them is made
-        raise ValueError(f"it holds {len(arrays)} arrays, not those of its config")
+    config = Config(**(fields := json.loads(arrays.pop("config").item())))
+    if vars(config) != fields or 6 * config.n_layers + 3 != len(arrays):  # before a list is made
+        raise ValueError("its config is not whole, or not that of its arrays")
     for name, shape in parameter_shapes(config).items():
         array = arrays[name]
         if array.shape == shape[::-1] != shape:
             raise ValueError(f"it is of the first edition, whose {name} lies transposed")
         arrays[name] = array.astype(np.float32, order="C")
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is not an array of finite numbers {shape}")
+            raise ValueError(f"{name} is no array of finite floats of shape {shape}")
     return config, arrays
 
 

@@ -150,7 +150,7 @@ def test_a_run_is_measured_and_shown_forty_times_and_at_its_end(capsys, monkeypa
     measured = [row["round"] for row in history if "shares" in row]
     shown = [int(i.replace(",", "")) for i in re.findall("^round (.*)/", capsys.readouterr().out,
                                                          re.MULTILINE)]
-    assert shown == measured[1:]
+    assert shown == sorted({1, *measured[1:]})
     assert measured[0] == 0 and measured[-1] == rounds and len(measured) == 1 + min(40, rounds)
     assert np.ptp(np.diff(measured)) <= 1  # evenly
 
@@ -200,7 +200,7 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run(monkeypatch, module, 
 
 
 @pytest.mark.parametrize("rounds, both, says", [
-    (3, 0, "without a pair.*--answers"), (50, 0, "without a pair.*--answers"),
+    (3, 0, "too few good answers.*--answers"), (50, 0, "too few good answers.*--answers"),
     (50, 1, "nothing left to reject: .*after round 10\n")])
 def test_a_run_without_a_pair_writes_only_if_all_is_well(capsys, monkeypatch, rounds, both, says):
     metrics = evaluation.metrics

@@ -210,6 +210,9 @@ def test_online_rounds_are_sampled_afresh_and_once_rounds_come_again():
         assert len(online.asked) == 64 * 2 * i
         assert sum("=1+1+" in chosen for chosen, _ in texts(pairs)) == 62  # two of 64 by rule
     assert online.asked[:128] != online.asked[128:256]
+    some = Scripted(RIGHT, OTHER)
+    for i, _ in zip(range(181), dpo.sampled_rounds(some, 4, 2, 3, rng, fresh_every=60)):
+        assert len(some.asked) == (i // 60 + 1) * 50 * 4 * 2
     rounds = dpo.sampled_rounds(once, 4, 2, 3, rng, fresh_every=1000)
     parts = [texts(next(rounds)) for _ in range(100)]
     assert len(once.asked) == 50 * 4 * 2 and {*map(len, parts)} <= {3, 4}  # as online

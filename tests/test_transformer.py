@@ -243,6 +243,7 @@ def test_damaged_files_are_refused_unless_it_does_not_matter(tmp_path, n):
         npy(ONES, (10 ** 9,)), npy(ONES[1:], (24,)), WEIGHTS["head"], [Trap()])),
     checkpoint(extra=ONES), checkpoint(extra=[Trap()]), checkpoint(norm=None, gain=ONES),
     checkpoint(**{"blocks.1.qkv": np.ones((72, 24), np.float32)}),
+    checkpoint(json.dumps({name: CONFIG[name] for name in CONFIG if name != "n_heads"})),
     *map(checkpoint, (None, b"{}", "", "{", "null", "[]", "3", '"text"', "[" * 100_000, np.ones(1),
                       ["{}", "{}"], b"\xff", npy(["{}"], (10 ** 9,)), Trap(),
                       npy("{}").replace(b"U2'", b"U9000000'").replace(b" " * 7 + b"\n", b" \n"))),

@@ -50,7 +50,7 @@ def _stop(*_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for process in multiprocessing.active_children():
         process.kill()
-    for part in list(_unfinished):
+    for part in filter(os.path.exists, list(_unfinished)):  # False, too, if the name is too long
         part.unlink(missing_ok=True)
     os.write(2, b"stopped\n")
     os._exit(130)

@@ -15,7 +15,7 @@ REWARDS = {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (RED, "rej
 
 
 @contextlib.contextmanager
-def picture(path, rows=1, columns=1, size=(6.4, 4.0), **options):
+def picture(path, rows, columns, size, **options):
     """A flat list of axes to draw into, of a figure that is then written to `path`."""
     figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
     grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
@@ -106,4 +106,4 @@ def credit(rows, path):
         grid[0].figure.colorbar(image, ax=list(grid), label="reward of a token")
         if len(rows) > 1:
             grid[0].figure.suptitle("where DPO put its credit: a margin of "
-                            f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
+                                    f"{rows[0]['reward'] - rows[1]['reward']:.1f}")

@@ -1,86 +1,72 @@
 """What the programs share: one-line errors, flags, progress, files that are never half-written."""
+
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
-import signal
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import tinygrad_lite  # noqa: F401  before NumPy, for the number of BLAS threads
-import numpy as np
-
-_unfinished = set()  # files that are being written
-
 
 class UserError(ValueError):
-    """A mistake that one line can explain: printed on stderr, exit code 2, no traceback."""
+    """A mistake that one line can explain. `run` prints that line, without a traceback."""
 
 
 def run(main):
-    """Run a program's main() and exit: 0, or 2 after one line about a mistake, 130 after Ctrl-C, 1
-    when nobody reads standard output to its end."""
-    signal.signal(signal.SIGINT, _stop)
-    os.environ.pop("MPLBACKEND", None)  # a notebook's; pictures go to files
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None after `>&-`
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold anything
-    np.seterr(all="ignore")  # the loops look at the loss
-    code = 0
+    """Run a program's main(). Exit with 2 after one line about a mistake, with 130 after Ctrl-C,
+    and with 1 when nobody reads the output any more (as in `| head -1`)."""
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()  # also after --help
-    except BrokenPipeError:  # `| head -1` has read enough
-        code = 1
+        main()
+        print(end="", flush=True)
+        return
+    except BrokenPipeError:
+        code, message = 1, ""
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+    except (EOFError, ConnectionResetError):  # from parallel.py
+        code, message = 2, "another process of this run was killed; was there too little memory?"
     except (UserError, OSError, MemoryError) as error:
-        full = isinstance(error, MemoryError)
-        code, message = 2, "not enough memory; choose smaller sizes" if full else str(error)
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    if code:  # what could not be printed must not be tried again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C would kill Python on its way out
+        text = " ".join(str(error).split()) or "not enough memory"
+        code, message = 2, f"{Path(sys.argv[0]).name}: {text}"
+    # If a stream cannot be written, Python would try again as it exits, complain, and change the
+    # exit code: so what is left in the stream goes nowhere.
+    for stream, text in (sys.stdout, ""), (sys.stderr, message):
+        try:
+            print(text, end="\n" if text else "", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
-def _stop(*_):
-    """Ctrl-C ends the program at once; an exception could get lost in a callback, or abort C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for process in multiprocessing.active_children():
-        process.kill()
-    for part in filter(os.path.exists, list(_unfinished)):  # False, too, if the name is too long
-        part.unlink(missing_ok=True)
-    os.write(2, b"stopped\n")
-    os._exit(130)
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse, with every default in --help, and UserError for a mistake."""
-    def __init__(self, description):
-        super().__init__(sys.argv[0], description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """argparse, with UserError for a mistake."""
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def flag_type(convert, fits, wanted):
-    """The type of a flag: convert(text), which raises ValueError or gives a value that `fits`."""
+    """The type of a flag: convert(text), if that gives a value that `fits`."""
+
     def parse(text):
         with contextlib.suppress(ValueError):
-            if fits(value := convert(text)):
+            value = convert(text)
+            if fits(value):
                 return value
         raise argparse.ArgumentTypeError(f"must be {wanted}, not {text[:50]!r}")
+
     return parse
 
 
-def whole(low, high=2 ** 31):
+def whole(low, high=2**31):
     return flag_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
 
 
 positive = flag_type(float, lambda x: 0 < x < 1e30, "above 0 and below 1e30")
+seed = whole(0, 2**63 - 1)
 checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file name ending in .npz")
 
 
@@ -93,35 +79,32 @@ def show_progress(unit, done, total, started, text):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that takes its place at `path` only once it is complete."""
-    path = Path(os.path.realpath(path))  # a symbolic link stays, and leads to the new file
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
-    _unfinished.add(part)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "xb") as file:
+        with open(part, "wb") as file:
             yield file
+        if path.exists():
+            shutil.copymode(path, part)  # who may read it stays as it was
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-        _unfinished.discard(part)
 
 
-def write_json(path, **facts):
-    """`facts` as a JSON file; paths become text."""
+def write_json(path, facts):
+    """A dict as a JSON file; paths in it become text."""
     with atomic_write(path) as file:
         file.write(json.dumps(facts, indent=1, default=os.fspath).encode())
 
 
-def outputs(path, *endings):
-    """The files with these endings beside `path`, runs/dpo.npz -> runs/dpo-dist.png. Raises
-    UserError where one of them, or `path`, cannot be written: before minutes of training."""
-    files = [path, *(path.with_name(path.stem + ending) for ending in endings)]
-    for file in files:
-        try:
-            if file.exists() and not file.is_file():
-                raise UserError(f"{file} is not a regular file; choose another name")
-            with contextlib.suppress(LookupError), atomic_write(file):
-                raise LookupError  # begun as it will be later, and given up
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}; choose another name") from None
-    return files[1:]
+def output_files(path, *endings):
+    """`path` and the files with these endings beside it: runs/dpo.npz -> runs/dpo-dist.png.
+
+    Raises UserError if they cannot be written, before minutes of training.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another name") from None
+    return [path, *(path.with_name(path.stem + ending) for ending in endings)]

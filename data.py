@@ -1,108 +1,170 @@
-"""The task: lines such as `100=10+70+20`, as text and as token ids, and what an answer is worth."""
+"""The task: lines such as `100=10+70+20`, as text and as token ids, and the judge of answers."""
+
 import itertools
 import random
 import re
-from collections import namedtuple
+from dataclasses import dataclass
 
+import tinygrad_lite  # noqa: F401  before NumPy, see there
 import numpy as np
 
 VOCAB = [*"0123456789+=", "<end>", "<pad>"]  # id -> token
-IDS = {token: i for i, token in enumerate(VOCAB)}
+IDS = {token: i for i, token in enumerate(VOCAB)}  # token -> id
 EQUALS, END, PAD = IDS["="], IDS["<end>"], IDS["<pad>"]
 
 TARGETS = range(5, 101)
-COUNTS = range(2, 6)  # of terms
-MAX_LEN = 24  # tokens: the longest line and its end token take 19, the rest is room for mistakes
-# A fixed fifth of the targets, never trained on; scattered, as 37 and 96 have no common divisor.
-HELD_OUT = [target for target in TARGETS if 37 * target % len(TARGETS) < 20]
+COUNTS = range(2, 6)  # the numbers of terms in SFT's lines
+MAX_LEN = 24  # tokens: the longest right line and its end token take 19; the rest is for mistakes
+
+# A fixed fifth of the targets, of every size, that no training ever asks for.
+HELD_OUT = [8, 13, 16, 21, 26, 29, 34, 39, 42, 47, 52, 55, 60, 65, 73, 78, 86, 91, 96, 99]
 TRAINING = [target for target in TARGETS if target not in HELD_OUT]
 
-OUTCOMES = ["right, preferred", "right, not preferred", "wrong sum", "does not parse"]
-# What an answer is worth; `terms` and `total`, their sum, are None where it does not parse.
-Judgement = namedtuple("Judgement", "target terms total exact preferred outcome")
+# What an answer can turn out to be. The judge accepts the first and rejects the other three.
+ACCEPTED = "right, preferred"
+NOT_PREFERRED = "right, not preferred"
+WRONG_SUM = "wrong sum"
+UNREADABLE = "does not parse"
+OUTCOMES = [ACCEPTED, NOT_PREFERRED, WRONG_SUM, UNREADABLE]
 
 
-def encode(text):
-    """The ids of text's characters, without an end token. Raises ValueError for any other."""
-    try:
-        return [IDS[character] for character in text]
-    except KeyError as error:
-        raise ValueError(f"{error} is not in the vocabulary") from None
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge says of an answer."""
 
-
-def decode(ids):
-    """The text of `ids`, without end and pad tokens."""
-    return "".join(VOCAB[i] for i in ids if i not in (END, PAD))
-
-
-def pad(lines, length=None):
-    """Lists of ids as one array (N, T), padded on the right, to the longest or to `length`."""
-    ids = np.full((len(lines), length or max(map(len, lines))), PAD)
-    for row, line in zip(ids, lines):
-        row[:len(line)] = line
-    return ids
+    outcome: str  # one of OUTCOMES
+    exact: bool = False  # the sum is the target
+    preferred: bool = False  # the terms are as preferred
+    target: int | None = None  # this and the rest are None for an answer that does not parse
+    terms: list | None = None
+    total: int | None = None  # the sum of the terms
 
 
 def prefers(terms, prefer):
-    """The preference that DPO teaches and `preferred` counts: as it stands, exactly `prefer` terms.
-    To teach another one, change the return line: `terms[0] == max(terms)`, say, for "the first term
-    is the largest". --prefer then does nothing, and --pairs rule still goes by number of terms."""
+    """Whether the terms are as DPO should teach: exactly `prefer` of them.
+
+    To teach another preference, change the return line, for example to
+    `terms[0] == max(terms)`: the first term is the largest. Then --prefer has no effect, and
+    --pairs rule still goes by the number of terms.
+    """
     return len(terms) == prefer
 
 
 def judge(line, prefer=3):
-    """The Judgement of an answer, a line as ids: prompt, completion and end token."""
-    text = "".join(VOCAB[i] for i in line)  # an end or pad token within it does not parse
-    if not text.endswith("<end>") or not (parsed := parse(text.removesuffix("<end>"))):
-        return Judgement(None, None, None, False, False, OUTCOMES[3])
+    """The Judgement of an answer: a line as ids, with prompt, completion and end token."""
+    text = "".join(VOCAB[i] for i in line)  # an end or pad token in the middle does not parse
+    if not text.endswith("<end>"):
+        return Judgement(UNREADABLE)
+    parsed = parse(text.removesuffix("<end>"))
+    if parsed is None:
+        return Judgement(UNREADABLE)
     target, terms = parsed
-    exact, preferred = sum(terms) == target, prefers(terms, prefer)
-    outcome = OUTCOMES[2] if not exact else OUTCOMES[0] if preferred else OUTCOMES[1]
-    return Judgement(target, terms, sum(terms), exact, preferred, outcome)
+    exact = sum(terms) == target
+    preferred = prefers(terms, prefer)
+    if not exact:
+        outcome = WRONG_SUM
+    elif not preferred:
+        outcome = NOT_PREFERRED
+    else:
+        outcome = ACCEPTED
+    return Judgement(outcome, exact, preferred, target, terms, sum(terms))
+
+
+def is_accepted(line, prefer=3):
+    """Whether the judge accepts an answer: its sum is right and its terms are as preferred."""
+    return judge(line, prefer).outcome == ACCEPTED
 
 
 def parse(text):
-    """(target, terms) of a line such as `100=10+70+20`, or None if it is anything else: one `=`,
-    terms of one or two digits without a leading zero, joined by single `+` signs."""
-    match = re.fullmatch(r"([0-9]{1,3})=([1-9][0-9]?(?:\+[1-9][0-9]?)*)", text)
-    return match and (int(match[1]), [int(term) for term in match[2].split("+")])
+    """(target, terms) of a line such as `100=10+70+20`; None for any other text.
+
+    Terms have one or two digits without a leading zero, and are joined by single plus signs.
+    """
+    term = "[1-9][0-9]?"
+    match = re.fullmatch(rf"([0-9]{{1,3}})=({term}(?:\+{term})*)", text)
+    if match is None:
+        return None
+    return int(match[1]), [int(term) for term in match[2].split("+")]
+
+
+def encode(text):
+    """The ids of a text's characters, without an end token. ValueError for unknown characters."""
+    for character in text:
+        if character not in IDS:
+            raise ValueError(f"{character!r} is not in the vocabulary")
+    return [IDS[character] for character in text]
+
+
+def decode(ids):
+    """The text of ids, leaving out end and pad tokens."""
+    return "".join(VOCAB[i] for i in ids if i not in (END, PAD))
+
+
+def pad(lines, length=None):
+    """Lists of ids as one array (N, T), padded on the right: to `length`, or to the longest."""
+    if length is None:
+        length = max(len(line) for line in lines)
+    ids = np.full((len(lines), length), PAD)
+    for row, line in zip(ids, lines):
+        row[: len(line)] = line
+    return ids
+
+
+# What the random numbers of a seed are used for; each use has a stream of its own. (A further one
+# is for the initial weights: Transformer uses the seed alone.)
+STREAMS = ["SFT lines", "DPO pairs", "held-out pairs", "answers", "excess"]
+
+
+def random_stream(seed, use, rank=0):
+    """A NumPy Generator for one of STREAMS, a different one for each process."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS.index(use), rank)))
+
+
+def python_random(rng):
+    """A random.Random seeded by a NumPy Generator: for single numbers it is several times faster."""
+    return random.Random(int(rng.integers(2**63)))
 
 
 def random_line(target, count, rng):
-    """A line as ids: `target` split into `count` terms, every way as likely as any other. `rng` is
-    a random.Random: for single numbers NumPy's Generator is several times slower."""
-    # A way to split n into k ordered terms is a choice of k - 1 distinct cuts among 1 ... n - 1.
+    """`target` split into `count` terms, every way equally likely: ids with their end token.
+
+    rng: a random.Random.
+    """
+    # To split n into k ordered terms is to choose k - 1 different places to cut among 1 ... n - 1.
     cuts = [0, *sorted(rng.sample(range(1, target), count - 1)), target]
-    terms = [str(end - start) for start, end in itertools.pairwise(cuts)]
-    return encode(f"{target}={'+'.join(terms)}") + [END]
+    terms = [end - start for start, end in itertools.pairwise(cuts)]
+    return encode(f"{target}={'+'.join(map(str, terms))}") + [END]
 
 
 def random_lines(n, rng, targets=TRAINING):
-    """n lines as ids (n, T): target, count and split all uniform. `rng` is a NumPy Generator."""
-    rng = random.Random(int(rng.integers(2 ** 63)))
-    return pad([random_line(target, count, rng) for target, count in
-                zip(rng.choices(targets, k=n), rng.choices(COUNTS, k=n))])
+    """n lines for SFT, ids (n, T): target, number of terms and split are uniformly random.
+
+    rng: a NumPy Generator.
+    """
+    rng = python_random(rng)
+    return pad([random_line(rng.choice(targets), rng.choice(COUNTS), rng) for _ in range(n)])
 
 
 def lengths(ids):
-    """Tokens of each line (..., T) up to its last that is not padding -> (...). A pad token before
-    that, which only a model can have written, counts."""
-    return ids.shape[-1] - (ids != PAD)[..., ::-1].argmax(axis=-1)
+    """The tokens of each line up to the last one that is not padding: (..., T) -> (...).
+
+    A pad token before that, which only a model can have written, counts.
+    """
+    trailing_pads = (ids != PAD)[..., ::-1].argmax(axis=-1)
+    return ids.shape[-1] - trailing_pads
 
 
 def completion_mask(ids):
-    """True at the tokens that are the model's to write, from after `=` to the end: (N, T) bool."""
-    after_equals = np.cumsum(ids == EQUALS, axis=1) - (ids == EQUALS) > 0
-    return after_equals & (np.arange(ids.shape[1]) < lengths(ids)[:, None])
+    """True at the tokens the model has to produce, after `=` up to the end token: (N, T) bool."""
+    is_equals = ids == EQUALS
+    after_equals = (np.cumsum(is_equals, axis=1) - is_equals) > 0
+    positions = np.arange(ids.shape[1])
+    return after_equals & (positions < lengths(ids)[:, None])
 
 
-def by_length(ids, size):
-    """Cut lines (N, T), or pairs of lines (N, 2, T), into shards of about `size` rows. Rows of like
-    length come together, the longest first, without the padding that all share, else a third of all
-    positions. Shards have about as many tokens each, so that no process waits for another."""
-    longest = lengths(ids).max(axis=tuple(range(1, ids.ndim - 1)))  # (N,)
-    order = np.argsort(-longest, kind="stable")
-    n_shards = -(-len(ids) // size)
-    tokens = np.cumsum(longest[order])
-    starts = np.searchsorted(tokens, tokens[-1:] * np.arange(1, n_shards) / n_shards)
-    return [ids[rows][..., :longest[rows[0]]] for rows in np.split(order, starts) if len(rows)]
+def by_length(ids, n_parts):
+    """Lines (N, T) in n_parts of equal size, sorted by length, each without the padding that all
+    its lines share: a fifth of a training step is saved. Empty parts are left out."""
+    order = np.argsort(-lengths(ids), kind="stable")
+    parts = np.array_split(ids[order], n_parts)
+    return [part[:, : lengths(part).max()] for part in parts if len(part)]

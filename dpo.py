@@ -1,36 +1,59 @@
 """DPO: teach a trained Transformer a preference, by default exactly three numbers."""
-import itertools
-import random
+
+import argparse
+import copy
+import functools
+import math
 import time
 from pathlib import Path
 
 import tinygrad_lite.functional as F
-from tinygrad_lite import Adam, World, clip_grad_norm, cosine_schedule, launch, no_grad
+from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, launch, no_grad
 import numpy as np
 
 import cli
 import data
 import eval as evaluation
-from sft import SHARD, completion_logps
+from sft import completion_logps
 
 PATIENCE = 10  # rounds in a row without a pair after which training ends
-LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-          "logps/chosen", "logps/rejected")  # the names that Hugging Face's TRL uses
-SHOWN = ("pairs", "loss", "rewards/margins", "rewards/accuracies")  # while it runs
+BY_RULE = 32  # every 32nd target takes its accepted answers by rule
+LOGGED = (  # of the pairs of a round, under the names that Hugging Face's TRL uses
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps,
-             reference_chosen_logps, reference_rejected_logps, beta):
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    beta,
+):
     """- mean over pairs of log sigmoid(beta h): four arrays (P,), for P pairs -> scalar Tensor.
 
     Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of prompt x,
+
         h = log(pi(y_w | x) / pi_ref(y_w | x)) - log(pi(y_l | x) / pi_ref(y_l | x))
+
     where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
-    Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected). The
-    gradient flows to the policy: dL/d(chosen) = - beta sigmoid(-beta h) / P = - dL/d(rejected); the
-    reference's are arrays, or Tensors made under no_grad. Raises ValueError for unlike shapes."""
-    if not (policy_chosen_logps.shape == policy_rejected_logps.shape
-            == reference_chosen_logps.shape == reference_rejected_logps.shape):
+    Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected).
+    The gradient flows to the policy alone: dL/d(chosen) = - beta sigmoid(-beta h) / P, and
+    dL/d(rejected) is its negative. The reference's log-probabilities are arrays, or Tensors made
+    under no_grad. Raises ValueError if the shapes differ.
+    """
+    if not (
+        policy_chosen_logps.shape
+        == policy_rejected_logps.shape
+        == reference_chosen_logps.shape
+        == reference_rejected_logps.shape
+    ):
         raise ValueError("the four log-probabilities must have one shape, (P,)")
     policy_log_ratio = policy_chosen_logps - policy_rejected_logps
     reference_log_ratio = reference_chosen_logps - reference_rejected_logps
@@ -38,166 +61,270 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     return -F.log_sigmoid(beta * h).mean()
 
 
+# Where pairs come from. A pair is two lines, ids (2, T), the chosen one first.
+
+
+def sample_and_judge(policy, targets, n_answers, prefer, rng):
+    """The policy answers each target n_answers times; the judge accepts or rejects each answer.
+
+    Returns two lists of lines (ids) for each target: [(accepted, rejected), ...].
+    """
+    answers = evaluation.sample(policy, np.repeat(targets, n_answers), temperature=1.0, rng=rng)
+    judged = []
+    for start in range(0, len(answers), n_answers):
+        accepted, rejected = [], []
+        for line in answers[start : start + n_answers]:
+            if data.is_accepted(line, prefer):
+                accepted.append(line)
+            else:
+                rejected.append(line)
+        judged.append((accepted, rejected))
+    return judged
+
+
+def pair_up(judged):
+    """Pair each accepted answer with a rejected one to the same target: ids (P, 2, T), P may be 0.
+
+    What is left over, because a target has more of one kind, is dropped.
+    """
+    lines = []
+    for accepted, rejected in judged:
+        for chosen_line, rejected_line in zip(accepted, rejected):
+            lines += [chosen_line, rejected_line]
+    return data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
+
+
+def accepted_by_rule(target, n, prefer, rng):
+    """Those of n random right sums (made as SFT's lines are) that the judge accepts."""
+    rng = data.python_random(rng)
+    lines = [data.random_line(target, rng.choice(data.COUNTS), rng) for _ in range(n)]
+    return [line for line in lines if data.is_accepted(line, prefer)]
+
+
+def online_pairs(policy, step, world, rng, prompts, answers, prefer):
+    """--pairs online: the policy's answers as of now, judged, of `prompts` targets in all processes.
+
+    For every 32nd target, the accepted answers are made by rule: otherwise an answer the policy has
+    stopped writing could never be chosen again, and its answers would lose variety.
+    """
+    # The targets of a run are numbered through all rounds; these are this process's numbers.
+    numbers = range(step * prompts + world.rank, (step + 1) * prompts, world.world_size)
+    targets = rng.choice(data.TRAINING, len(numbers))
+    judged = sample_and_judge(policy, targets, answers, prefer, rng)
+    # A policy without a single accepted answer should end the run: it has not learned the task.
+    any_accepted = any(accepted for accepted, _ in judged)
+    for i, number in enumerate(numbers):
+        if any_accepted and number % BY_RULE == 0:
+            _, rejected = judged[i]
+            judged[i] = accepted_by_rule(int(targets[i]), answers, prefer, rng), rejected
+    return pair_up(judged)
+
+
+class OncePairs:
+    """--pairs once: the SFT model's answers, sampled and judged before the first step, and used
+    again and again, each time in another order. They make 50 rounds of pairs."""
+
+    n_rounds = 50
+
+    def __init__(self, prompts, answers, prefer):
+        self.prompts, self.answers, self.prefer = prompts, answers, prefer
+
+    def __call__(self, policy, step, world, rng):
+        if step == 0:  # the policy is still the SFT model
+            prompts = self.n_rounds * self.prompts
+            self.pairs = online_pairs(policy, 0, world, rng, prompts, self.answers, self.prefer)
+        if step % self.n_rounds == 0:
+            self.rounds = np.array_split(rng.permutation(self.pairs), self.n_rounds)
+        return self.rounds[step % self.n_rounds]
+
+
+def rule_pairs(policy, step, world, rng, prompts, prefer):
+    """--pairs rule: right sums made by rule, chosen with `prefer` terms, rejected with another
+    number: the recipe of the demo this project began with. Neither policy nor judge is asked."""
+    rng = data.python_random(rng)
+    other_counts = [count for count in data.COUNTS if count != prefer]
+    lines = []
+    for _ in range(world.rank, prompts, world.world_size):
+        target = rng.choice(data.TRAINING)
+        lines.append(data.random_line(target, prefer, rng))
+        lines.append(data.random_line(target, rng.choice(other_counts), rng))
+    return data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
+
+
+# Training.
+
+
 def pair_logps(model, pairs):
     """log p(completion | prompt) of chosen and rejected lines: ids (P, 2, T) -> (P,) each."""
     lines = pairs.reshape(-1, pairs.shape[-1])  # (2P, T): chosen, rejected, chosen, ...
+    lines = lines[:, : data.lengths(lines).max()]  # without the padding that all of them share
     logps = completion_logps(model, lines)
     return logps[::2], logps[1::2]
 
 
-def loss_and_log(policy, reference, pairs, beta, sft_weight=0.0):
-    """dpo_loss of pairs, ids (P, 2, T), plus sft_weight times the SFT loss of the chosen answers
-    (Pang et al. 2024, Eq. 1); and what a run logs, means over pairs in the order of LOGGED. A
-    reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4)."""
-    chosen, rejected = pair_logps(policy, pairs)
+def pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """What a run logs of P pairs, {name: mean} in the order of LOGGED, from four Tensors (P,).
+
+    A reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4).
+    """
     with no_grad():
-        reference_chosen, reference_rejected = pair_logps(reference, pairs)
-    loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
-    if sft_weight:
-        n_tokens = data.completion_mask(pairs[:, 0]).sum(axis=1)  # (P,)
-        loss = loss - sft_weight * (chosen / n_tokens).mean()
-    chosen_rewards = (beta * (chosen - reference_chosen)).numpy()  # (P,)
-    rejected_rewards = (beta * (rejected - reference_rejected)).numpy()
-    return loss, np.array([np.mean(values) for values in (
-        loss.numpy(), chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
-        chosen_rewards > rejected_rewards, chosen.numpy(), rejected.numpy())])
+        loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
+        chosen_rewards = (beta * (chosen - reference_chosen)).numpy()  # (P,)
+        rejected_rewards = (beta * (rejected - reference_rejected)).numpy()
+    means = (
+        loss.item(),
+        chosen_rewards.mean(),
+        rejected_rewards.mean(),
+        (chosen_rewards - rejected_rewards).mean(),
+        (chosen_rewards > rejected_rewards).mean(),
+        chosen.numpy().mean(),
+        rejected.numpy().mean(),
+    )
+    return {name: float(mean) for name, mean in zip(LOGGED, means)}
 
 
-def judged_pairs(model, targets, n_answers, prefer, rng, n_by_rule=0):
-    """Pairs, ids (P, 2, T), the chosen line first; P may be 0. The model answers each target
-    n_answers times. Answers that are right and preferred are paired off with others; the rest is
-    dropped. If any is good, the first n_by_rule targets use good lines made by rule instead."""
-    def is_good(line): return data.judge(line, prefer).outcome == data.OUTCOMES[0]
-    lines = evaluation.sample(model, np.repeat(targets, n_answers), 1.0, rng)
-    answers = [(line, is_good(line)) for line in lines]
-    rng, paired = random.Random(int(rng.integers(2 ** 63))), []
-    n_by_rule = n_by_rule if any(fits for _, fits in answers) else 0  # no good answer, no pairs
-    for i, target in enumerate(targets):
-        own = answers[i * n_answers:(i + 1) * n_answers]
-        good = [line for line, fits in own if fits]
-        others = [line for line, fits in own if not fits]
-        if i < n_by_rule:
-            by_rule = (data.random_line(int(target), rng.choice(data.COUNTS), rng) for _ in own)
-            good = filter(is_good, by_rule)
-        paired += itertools.chain(*zip(good, others))
-    return data.pad(paired, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
+@np.errstate(all="ignore")  # an overflow shows in the loss, which is looked at
+def train(world, policy, reference, make_pairs, report, rounds, beta, lr, seed):
+    """The DPO loop, which every process of `world` runs. Trains policy in place on rank 0.
 
+    make_pairs(policy, step, world, rng): this process's pairs of a round, ids (P, 2, T).
+    report(row, policy, pairs): called on rank 0 before the first step and after each, with that
+        round's row of the history, a dict of its number, its pairs and pair_metrics of these.
+        It may add to the row.
 
-def sampled_rounds(policy, n_prompts, n_answers, prefer, rng, fresh_every=1):
-    """Judged pairs for one round after the other. Every fresh_every rounds the policy, as it is by
-    then, answers anew: enough for min(fresh_every, 50) rounds, which come again in another order
-    until fresh_every rounds are over. For one target in 32 the good answers are made by rule, as
-    SFT's data is: otherwise one that the policy no longer writes could never be chosen again."""
-    n_rounds = min(fresh_every, 50)
-    while True:
-        targets = rng.choice(data.TRAINING, n_rounds * n_prompts)
-        n_by_rule = -(-len(targets) // 32)  # rounded up
-        pairs = judged_pairs(policy, targets, n_answers, prefer, rng, n_by_rule)
-        for start in range(0, fresh_every, n_rounds):
-            yield from np.array_split(rng.permutation(pairs), n_rounds)[:fresh_every - start]
-
-
-def rule_rounds(n_pairs, prefer, rng):
-    """Right sums made by rule, the chosen with `prefer` terms, the rejected with another number:
-    the recipe of the demo this project starts from. It does not ask `data.prefers`."""
-    rng = random.Random(int(rng.integers(2 ** 63)))
-    others = [k for k in data.COUNTS if k != prefer]
-    while True:
-        lines = [data.random_line(target, count, rng)
-                 for target in rng.choices(data.TRAINING, k=n_pairs)
-                 for count in (prefer, rng.choice(others))]
-        yield data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
-
-
-def train(policy, reference, source, rounds, beta, lr, world=World(), sft_weight=0.0):
-    """The DPO loop, in every process of `world`: one step for each round of pairs from `source`, of
-    which every process has its own. Trains `policy` in place; `reference` is only read.
-    Yields a log a round, a dict about the pairs of all processes before the step: at first policy
-    and reference are equal, the loss is ln 2. A round without pairs is skipped; after PATIENCE of
-    them in a row training ends. Raises UserError when the loss is no longer finite."""
+    Returns the history. Training ends early after PATIENCE rounds in a row without a pair. Raises
+    UserError when the loss is no longer finite.
+    """
+    rng = data.random_stream(seed, "DPO pairs", world.rank)
     parameters = policy.parameters()
     optimizer = Adam(parameters, lr, betas=(0.9, 0.99))
-    empty = 0
-    for step, pairs in zip(range(rounds), source):
-        n_pairs = int(world.all_reduce(len(pairs)))
-        if n_pairs == 0:
-            yield {"round": step + 1, "pairs": 0}
-            empty += 1
-            if empty == PATIENCE:
-                return
-            continue
-        empty, log = 0, np.zeros(len(LOGGED))
-        for shard in data.by_length(pairs, SHARD // 2):
-            loss, shard_log = loss_and_log(policy, reference, shard, beta, sft_weight)
-            loss = loss * (len(shard) / n_pairs)
-            loss.backward()
-            log += shard_log * (len(shard) / n_pairs)
-        log = world.all_reduce_gradients(parameters, log).tolist()
-        if not np.isfinite(log[0]):
-            raise cli.UserError(f"the loss is {log[0]} in round {step + 1}; try a lower --lr")
-        clip_grad_norm(parameters, 1.0)
-        optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield {"round": step + 1, "pairs": n_pairs, **dict(zip(LOGGED, log))}
+    history = [{"round": 0, "pairs": 0}]
+    rounds_without_pairs = 0
+    if world.rank == 0:
+        report(history[0], policy, None)
+
+    for step in range(rounds):
+        # 1. The policy, as it is now, answers. The judge accepts or rejects; accepted answers are
+        #    paired with rejected ones.
+        pairs = make_pairs(policy, step, world, rng)  # (P, 2, T): chosen, rejected
+        n_pairs = int(world.all_reduce(len(pairs)))  # of all processes
+        row = {"round": step + 1, "pairs": n_pairs}
+
+        if n_pairs > 0:
+            share = len(pairs) / n_pairs  # this process's share of the pairs
+            log = dict.fromkeys(LOGGED, 0.0)
+            if len(pairs) > 0:  # a process that found none takes part below with zeros
+                # 2. Both models score both answers. Only the policy's scores carry a gradient.
+                chosen, rejected = pair_logps(policy, pairs)  # (P,) each
+                with no_grad():
+                    reference_chosen, reference_rejected = pair_logps(reference, pairs)
+                # 3. The loss, and its gradient for every weight of the policy. The sum over all
+                #    processes, each weighted by its share, is the mean over all pairs.
+                loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
+                (loss * share).backward()
+                log = pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta)
+            world.all_reduce_gradients(parameters)
+            means = world.all_reduce([share * value for value in log.values()])
+            row |= zip(LOGGED, means.tolist())
+            if not math.isfinite(row["loss"]):
+                raise cli.UserError(f"loss {row['loss']} in round {step + 1}; try a lower --lr")
+
+            # 4. One step down.
+            clip_grad_norm(parameters, 1.0)
+            optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        history.append(row)
+        if world.rank == 0:
+            report(row, policy, pairs)
+        rounds_without_pairs = 0 if n_pairs > 0 else rounds_without_pairs + 1
+        if rounds_without_pairs == PATIENCE:
+            break
+    return history
+
+
+# The program: what it measures, its flags, what it writes.
+
+
+class Report:
+    """What a run prints and measures on the way: 40 times, and before the first round."""
+
+    def __init__(self, reference, rounds, beta, prefer):
+        self.reference, self.rounds, self.beta, self.prefer = reference, rounds, beta, prefer
+        self.pairs = held_out_pairs(reference, prefer)
+        self.started = time.perf_counter()
+
+    def __call__(self, row, policy, pairs):
+        number = row["round"]
+        if number == 1:
+            for chosen, rejected in pairs[:3]:
+                print(f"chosen {data.decode(chosen):24} rejected {data.decode(rejected)}")
+        is_due = number * 40 // self.rounds > (number - 1) * 40 // self.rounds
+        if is_due or number == 0:
+            row |= measure(policy, self.reference, self.pairs, self.beta, self.prefer)
+        if (is_due or number == 1) and number > 0:
+            text = f"pairs {row['pairs']}"
+            if row["pairs"]:
+                text += (
+                    f"  loss {row['loss']:.2f}  rewards/margins {row['rewards/margins']:.2f}"
+                    f"  rewards/accuracies {row['rewards/accuracies']:.2f}"
+                )
+            cli.show_progress("round", number, self.rounds, self.started, text)
+
+
+def held_out_pairs(reference, prefer):
+    """Ten pairs of the reference's own answers to each held-out target: ids (P, 2, T)."""
+    rng = data.random_stream(0, "held-out pairs")
+    pairs = []
+    for target in data.HELD_OUT:
+        judged = sample_and_judge(reference, [target] * 20, 8, prefer, rng)
+        pairs.append(pair_up(judged)[:10])
+    return np.concatenate(pairs)
 
 
 def measure(policy, reference, pairs, beta, prefer):
-    """What a run logs of held-out targets: fixed pairs, under TRL's names, and shares of outcomes.
-    Always with the same random numbers: what changes from call to call is the policy."""
-    lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, np.random.default_rng(0))
-    with no_grad():
-        log = loss_and_log(policy, reference, pairs, beta)[1].tolist() if len(pairs) else []
-    return {**{f"eval_{name}": value for name, value in zip(LOGGED, log)},
-            "shares": evaluation.metrics(lines, prefer)["shares"]}
+    """What a run logs of held-out targets: of fixed pairs, TRL's names with `eval_` before them; of
+    20 fresh answers to each target, their `shares` and `answers`, see eval.metrics.
+
+    The random numbers are always the same, so what changes from call to call is the policy.
+    """
+    row = {}
+    if len(pairs) > 0:
+        with no_grad():
+            chosen, rejected = pair_logps(policy, pairs)
+            reference_chosen, reference_rejected = pair_logps(reference, pairs)
+        log = pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta)
+        row = {f"eval_{name}": value for name, value in log.items()}
+    rng = data.random_stream(0, "answers")
+    lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, rng)
+    metrics = evaluation.metrics(lines, prefer)
+    return row | {"shares": metrics["shares"], "answers": metrics["answers"]}
 
 
-def train_policy(world, arguments):
-    """What every process runs. Returns the trained policy, the reference, history and seconds."""
-    reference, policy = evaluation.load(arguments.sft), evaluation.load(arguments.sft)
-    beta, prefer, rounds = arguments.beta, arguments.prefer, arguments.rounds
-    rng = np.random.default_rng([arguments.seed, world.rank])
-    n_prompts = len(world.share(range(arguments.prompts)))  # of this process
-    source = (rule_rounds(n_prompts, prefer, rng) if arguments.pairs == "rule" else
-              sampled_rounds(policy, n_prompts, arguments.answers, prefer, rng,
-                             arguments.fresh_every if arguments.pairs == "online" else rounds))
-    history, started = [], time.perf_counter()
-    if world.rank == 0:
-        first = next(source)
-        for chosen, rejected in first[:3]:
-            print(f"chosen {data.decode(chosen):{data.MAX_LEN}} rejected {data.decode(rejected)}")
-        source = itertools.chain([first], source)
-        fixed = np.random.default_rng(0)  # ten pairs of each held-out target
-        held_out = np.concatenate([judged_pairs(reference, [target] * 20, 8, prefer, fixed)[:10]
-                                   for target in data.HELD_OUT])
-        history = [{"round": 0, "pairs": 0} | measure(policy, reference, held_out, beta, prefer)]
-    for row in train(policy, reference, source, rounds, beta, arguments.lr, world,
-                     arguments.sft_weight):
-        if world.rank == 0:
-            history.append(row)
-            if 40 * row["round"] % rounds < 40:  # 40 times in a run, the last at its end
-                row |= measure(policy, reference, held_out, beta, prefer)
-            if row["round"] == 1 or "shares" in row:
-                text = "  ".join(f"{name} {round(row[name], 2)}" for name in SHOWN if name in row)
-                cli.show_progress("round", row["round"], rounds, started, text)
-    return policy, reference, history, time.perf_counter() - started
+def pairs_maker(pairs, prompts, answers, prefer):
+    """The function that makes a round's pairs, by the name that --pairs gives it."""
+    if pairs == "online":
+        return functools.partial(online_pairs, prompts=prompts, answers=answers, prefer=prefer)
+    if pairs == "once":
+        return OncePairs(prompts, answers, prefer)
+    return functools.partial(rule_pairs, prompts=prompts, prefer=prefer)
 
 
 def parse_arguments(argv):
-    parser = cli.Parser(__doc__)
+    formatter = argparse.ArgumentDefaultsHelpFormatter  # --help shows every default
+    parser = cli.Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--pairs", choices=["online", "once", "rule"], default="online",
-        help="the policy's answers, sampled anew as it changes; the SFT model's; or sums by rule")
-    add("--fresh-every", type=cli.whole(1), default=1, help="rounds from one sampling to the next")
-    add("--sft-weight", type=cli.positive, default=0.0, help="of the chosen answers' SFT loss")
+        help="the policy's answers, sampled before every step; the SFT model's; or sums by rule")  # fmt: skip
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=192, help="targets (by rule: pairs) in a round")
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
     add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="the same seed, the same run")
+    add("--seed", type=cli.seed, default=0, help="repeats a run with the same --processes")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
     add("--out", type=cli.checkpoint_path, default="runs/dpo.npz", help="checkpoint, log beside it")
     return parser.parse_args(argv)
@@ -206,28 +333,49 @@ def parse_arguments(argv):
 def main(argv=None):
     """Train from the SFT checkpoint; write checkpoint, log and pictures; print before and after."""
     arguments = parse_arguments(argv)
-    out, prefer = arguments.out, arguments.prefer
-    if out.resolve() == arguments.sft.resolve():
+    beta, prefer, rounds = arguments.beta, arguments.prefer, arguments.rounds
+    if arguments.out.resolve() == arguments.sft.resolve():
         raise cli.UserError("--out would overwrite --sft; choose another name")
-    log, terms_picture, training_picture = cli.outputs(out, ".json", "-dist.png", "-training.png")
-    evaluation.load(arguments.sft)  # so that a mistake is told before processes start
-    policy, reference, history, seconds = launch(arguments.processes, train_policy, arguments)
+    out, log, dist, training = cli.output_files(
+        arguments.out, ".json", "-dist.png", "-training.png"
+    )
+    wrote = "replaced" if out.exists() else "wrote"
+    reference = evaluation.load(arguments.sft)
+    policy = copy.deepcopy(reference)
+    make_pairs = pairs_maker(arguments.pairs, arguments.prompts, arguments.answers, prefer)
+    report = Report(reference, rounds, beta, prefer)
+
+    started = time.perf_counter()
+    settings = (rounds, beta, arguments.lr, arguments.seed)
+    history = launch(arguments.processes, train, policy, reference, make_pairs, report, *settings)
+    seconds = time.perf_counter() - started
+
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):
         if rows[-1]["both"] < 0.5:
-            raise cli.UserError("too few good answers to pair; raise --answers or train SFT longer")
+            raise cli.UserError("too few accepted answers; raise --answers or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
-
+    facts = {"settings": vars(arguments), "seconds": seconds, "metrics": rows, "history": history}
     policy.save(out)
-    cli.write_json(log, settings=vars(arguments), seconds=seconds, metrics=rows, history=history)
-    import plots  # here, so that --help need not wait for matplotlib
-    plots.distribution(rows, terms_picture)
-    plots.dpo_training(history, training_picture)
+    cli.write_json(log, facts)
     print(f"\n{evaluation.table(rows)}\n")
     for target in (96, 52, 13):  # held out
         for name, model in (("SFT", reference), ("DPO", policy)):
-            print(name, evaluation.ANSWER.format(**evaluation.answers_to(model, target, 0)[0]))
-    print(f"\nwrote {out}, beside it log and pictures; try: python eval.py {out} --prompt 100")
+            greedy = evaluation.answers_to(model, target, samples=0)[0]
+            print(name, evaluation.ANSWER.format(**greedy))
+    draw(rows, dist, history, training)
+    print(f"\n{wrote} {out}, beside it log and pictures; try: python eval.py {out} --prompt 100")
+
+
+def draw(rows, dist, history, training):
+    """The two pictures. The run is saved by now, and no picture is worth a traceback."""
+    try:
+        import plots  # here, so that --help need not wait for Matplotlib
+
+        plots.distribution(rows, dist)
+        plots.dpo_training(history, training)
+    except Exception as error:
+        print(f"the run is saved, but not its pictures: {error}")
 
 
 if __name__ == "__main__":

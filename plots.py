@@ -1,6 +1,8 @@
 """Every picture. Drawn on white, so that they read the same on light and on dark pages."""
+
 import contextlib
 
+import matplotlib.style
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -16,16 +18,20 @@ REWARDS = {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (RED, "rej
 
 @contextlib.contextmanager
 def picture(path, rows, columns, size, **options):
-    """A flat list of axes to draw into, of a figure that is then written to `path`."""
-    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
-    grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
-    for ax in grid:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-        ax.set_axisbelow(True)
-    yield grid
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    """A flat list of axes to draw into, of a figure that is then written to `path`.
+
+    Under Matplotlib's own settings, whatever the user's are: a picture looks the same for everyone.
+    """
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+        grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+        for ax in grid:
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+            ax.set_axisbelow(True)
+        yield grid
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png")
 
 
 def distribution(rows, path):
@@ -33,11 +39,18 @@ def distribution(rows, path):
     rows = [row for row in rows if (row["mode"], row["targets"]) == ("sampled", "held-out")]
     with picture(path, 1, len(rows), size=(5 * len(rows), 3.6), sharey=True) as grid:
         for ax, row, name in zip(grid, rows, ("SFT", "DPO")):
-            bars = ax.bar([f"{k} terms" for k in data.COUNTS],
-                          [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS], color=BLUE)
+            bars = ax.bar(
+                [f"{k} terms" for k in data.COUNTS],
+                [100 * row["counts"][str(k)] / row["n"] for k in data.COUNTS],
+                color=BLUE,
+            )
             ax.bar_label(bars, fmt="%.0f%%")
-            ax.set(ylim=(0, 108), title="after {}: {exact:.0%} right sums, {preferred:.0%} "
-                   "preferred".format(name, **row))
+            ax.set(
+                ylim=(0, 108),
+                title="after {}: {exact:.0%} right sums, {preferred:.0%} preferred".format(
+                    name, **row
+                ),
+            )
         grid[0].set_ylabel("answers to held-out targets (%)")
 
 
@@ -49,11 +62,16 @@ def curves(ax, history, names, **labels):
     held_out = [row for row in history if "eval_loss" in row][first:]
     for name, (colour, label) in names.items():
         x, y = [row["round"] for row in trained], [row[name] for row in trained]
-        means = [np.mean(y[max(0, i - 12):i + 13]) for i in range(len(y))]
+        means = [np.mean(y[max(0, i - 12) : i + 13]) for i in range(len(y))]
         ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.6)
         ax.plot(x, means, color=colour, label=f"{label}training pairs")
-        ax.plot([row["round"] for row in held_out], [row[f"eval_{name}"] for row in held_out], "--",
-                color="black" if len(names) == 1 else colour, label=f"{label}held-out pairs")
+        ax.plot(
+            [row["round"] for row in held_out],
+            [row[f"eval_{name}"] for row in held_out],
+            "--",
+            color="black" if len(names) == 1 else colour,
+            label=f"{label}held-out pairs",
+        )
     ax.set(xlabel="round", **labels)
     ax.legend(**BELOW)
 
@@ -62,8 +80,12 @@ def stacked_outcomes(ax, history, title="what the policy answers to held-out tar
     """Shares of the outcomes of answers, stacked, over the rounds of a DPO run."""
     rows = [row for row in history if "shares" in row]
     shares = [[100 * row["shares"][outcome] for row in rows] for outcome in data.OUTCOMES]
-    ax.stackplot([row["round"] for row in rows], shares, labels=data.OUTCOMES,
-                 colors=[GREEN, BLUE, RED, GREY])
+    ax.stackplot(
+        [row["round"] for row in rows],
+        shares,
+        labels=data.OUTCOMES,
+        colors=[GREEN, BLUE, RED, GREY],
+    )
     ax.set(title=title, xlabel="round", ylabel="share of answers (%)", ylim=(0, 100))
     ax.legend(**BELOW)
 
@@ -73,21 +95,44 @@ def dpo_training(history, path):
     with picture(path, 2, 3, size=(14, 8.4)) as (loss, accuracy, margin, rewards, outcomes, pairs):
         losses = [row["loss"] for row in history if row["pairs"]] or [np.log(2)]
         top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
-        curves(loss, history, {"loss": (BLUE, "")}, title="loss: down from ln 2 (grey)",
-               ylabel="nats per pair", ylim=(0, top))
+        curves(
+            loss,
+            history,
+            {"loss": (BLUE, "")},
+            title="loss: down from ln 2 (grey)",
+            ylabel="nats per pair",
+            ylim=(0, top),
+        )
         loss.axhline(np.log(2), color=GREY, linewidth=1)
-        curves(accuracy, history, {"rewards/accuracies": (BLUE, "")}, ylim=(0, 1.02),
-               title="accuracy: chosen reward above rejected", ylabel="share of pairs")
-        curves(margin, history, {"rewards/margins": (BLUE, "")}, ylabel="beta x nats",
-               title="margin: chosen reward minus rejected")
-        curves(rewards, history, REWARDS, title="rewards: beta log(policy / reference)",
-               ylabel="beta x nats")
+        curves(
+            accuracy,
+            history,
+            {"rewards/accuracies": (BLUE, "")},
+            ylim=(0, 1.02),
+            title="accuracy: chosen reward above rejected",
+            ylabel="share of pairs",
+        )
+        curves(
+            margin,
+            history,
+            {"rewards/margins": (BLUE, "")},
+            ylabel="beta x nats",
+            title="margin: chosen reward minus rejected",
+        )
+        curves(
+            rewards,
+            history,
+            REWARDS,
+            title="rewards: beta log(policy / reference)",
+            ylabel="beta x nats",
+        )
         rewards.axhline(0, color=GREY, linewidth=1)
         stacked_outcomes(outcomes, history)
         numbers = [row["pairs"] for row in history[1:]]
         pairs.plot(range(1, len(history)), numbers, color=BLUE, linewidth=0.8)
-        pairs.set(title="pairs in a round: fewer, as mistakes get rare", xlabel="round",
-                  ylim=(0, None))
+        pairs.set(
+            title="pairs in a round: fewer, as mistakes get rare", xlabel="round", ylim=(0, None)
+        )
 
 
 def credit(rows, path):
@@ -95,15 +140,32 @@ def credit(rows, path):
     with picture(path, len(rows), 1, size=(9, 1.7 * len(rows) + 0.5)) as grid:
         scale = max(abs(value) for row in rows for _, value in row["tokens"]) or 1.0
         for ax, row in zip(grid, rows):
-            image = ax.imshow([[value for _, value in row["tokens"]]], cmap="PuOr_r", vmin=-scale,
-                              vmax=scale, aspect="auto")
+            image = ax.imshow(
+                [[value for _, value in row["tokens"]]],
+                cmap="PuOr_r",
+                vmin=-scale,
+                vmax=scale,
+                aspect="auto",
+            )
             for i, (token, value) in enumerate(row["tokens"]):
-                ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11,
-                        color="white" if abs(value) > 0.7 * scale else "black")
+                ax.text(
+                    i,
+                    0,
+                    f"{token}\n{value:+.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=11,
+                    color="white" if abs(value) > 0.7 * scale else "black",
+                )
             ax.set(xticks=[], yticks=[])
-            ax.set_title("{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
-                np.exp(row["reference_logp"]), np.exp(row["policy_logp"]), **row), loc="left")
+            ax.set_title(
+                "{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
+                    np.exp(row["reference_logp"]), np.exp(row["policy_logp"]), **row
+                ),
+                loc="left",
+            )
         grid[0].figure.colorbar(image, ax=list(grid), label="reward of a token")
         if len(rows) > 1:
-            grid[0].figure.suptitle("where DPO put its credit: a margin of "
-                                    f"{rows[0]['reward'] - rows[1]['reward']:.1f}")
+            grid[0].figure.suptitle(
+                f"where DPO put its credit: a margin of {rows[0]['reward'] - rows[1]['reward']:.1f}"
+            )

@@ -1,9 +1,7 @@
 """A decoder-only Transformer of the Llama family: model, sampling and checkpoints."""
+
 import dataclasses
-import io
 import json
-import os
-import zipfile
 
 from tinygrad_lite import Tensor, functional as F, no_grad
 import numpy as np
@@ -11,168 +9,220 @@ import numpy as np
 import data
 from cli import UserError, atomic_write
 
+# COLUMNS ARE POSITIONS. In most libraries the activations of one token are a row. Here, as in
+# mathematics books, they are a column, and a layer is W @ x. Two lines of three tokens each, with
+# four features (D = 4, N = 6), are the matrix
+#
+#                  line 1                line 2
+#            1      0      0        5      2      =
+#   x =  [  x_11   x_12   x_13     x_14   x_15   x_16  ]   feature 1
+#        [  x_21   x_22   x_23     x_24   x_25   x_26  ]   feature 2
+#        [  x_31   x_32   x_33     x_34   x_35   x_36  ]   feature 3      shape (D, N)
+#        [  x_41   x_42   x_43     x_44   x_45   x_46  ]   feature 4
+#
+# Every layer but attention treats each column alone, so the lines simply lie side by side. It is
+# also the faster way in NumPy: sums over features then add long rows. Letters in shapes: B lines of
+# T tokens, N = B T positions, D features (d_model), F hidden features (d_hidden), V tokens.
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a model. Raises UserError, a ValueError, where they do not fit together."""
+    """Sizes of a model. Raises UserError (a ValueError) if they do not fit together."""
+
     vocab_size: int
     d_model: int = 32
     n_layers: int = 2
     n_heads: int = 4
     d_hidden: int = 96
-    max_len: int = 24  # tokens of a line; recorded only: rotary positions do not need it
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.d_model % (2 * self.n_heads):
+            # Each head has d_model / n_heads features, and rotary positions turn pairs of them.
             raise UserError(f"d_model must be a multiple of 2 n_heads = {2 * self.n_heads}")
 
 
 def parameter_shapes(config):
-    """{name: shape} of every parameter, in the order of a checkpoint. Matrices are (outputs,
-    inputs), used as W @ x; qkv = [q; k; v] and gate_up = [gate; up] lie one below the other."""
-    d, f, v, n = config.d_model, config.d_hidden, config.vocab_size, config.n_layers
-    block = {"attention_norm": (d,), "qkv": (3 * d, d), "attention_out": (d, d),
-             "mlp_norm": (d,), "gate_up": (2 * f, d), "down": (d, f)}
-    blocks = {f"blocks.{i}.{name}": shape for i in range(n) for name, shape in block.items()}
-    return {"embedding": (d, v), **blocks, "norm": (d,), "head": (v, d)}
+    """{name: shape} of every parameter, in the order of a checkpoint.
+
+    Matrices are (outputs, inputs). Three matrices lie one below the other in qkv = [q; k; v], and
+    two in gate_up = [gate; up].
+    """
+    d_model, d_hidden, vocab_size = config.d_model, config.d_hidden, config.vocab_size
+    shapes = {"embedding": (d_model, vocab_size)}
+    for i in range(config.n_layers):
+        shapes[f"blocks.{i}.attention_norm"] = (d_model,)
+        shapes[f"blocks.{i}.qkv"] = (3 * d_model, d_model)
+        shapes[f"blocks.{i}.attention_out"] = (d_model, d_model)
+        shapes[f"blocks.{i}.mlp_norm"] = (d_model,)
+        shapes[f"blocks.{i}.gate_up"] = (2 * d_hidden, d_model)
+        shapes[f"blocks.{i}.down"] = (d_model, d_hidden)
+    shapes["norm"] = (d_model,)
+    shapes["head"] = (vocab_size, d_model)
+    return shapes
+
+
+def initial_array(name, shape, config, rng):
+    """A new parameter, float32."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)  # the scales of norms
+    n_inputs = shape[1]
+    std = 1.0 if name == "embedding" else n_inputs**-0.5  # keeps activations near 1
+    if name.endswith(("attention_out", "down")):
+        # What is added to the residual stream starts smaller, because 2 n_layers of these add up
+        # (Radford et al. 2019, section 2.3).
+        std /= (2 * config.n_layers) ** 0.5
+    return rng.normal(0, std, shape).astype(np.float32)
 
 
 class Transformer:
-    """x += attention(norm(x)); x += mlp(norm(x)) in each block, logits = head(norm(x)). Llama's:
-    RMSNorm (eps 1e-6), rotary positions (base 10,000), SwiGLU, no biases, an untied head. A norm's
-    learned scale multiplies the columns of the matrix after it: W (s x) = (W s) x."""
+    """x += attention(norm(x)); x += mlp(norm(x)) in each block; then logits = head(norm(x)).
+
+    As in Llama: RMSNorm (eps 1e-6), rotary positions (base 10,000), SwiGLU, no biases, an untied
+    head. The same seed gives the same initial weights.
+    """
 
     def __init__(self, config, seed=0):
         self.config = config
         rng = np.random.default_rng(seed)
-        self._parameters = {}
-        for name, shape in parameter_shapes(config).items():
-            # Variance 1 / inputs keeps activations near 1. What is added to the residual stream
-            # starts smaller, as 2 n_layers of these add up (Radford et al. 2019, section 2.3).
-            std = 1.0 if name == "embedding" else shape[-1] ** -0.5
-            if name.endswith(("attention_out", "down")):
-                std /= (2 * config.n_layers) ** 0.5
-            array = np.ones(shape) if len(shape) == 1 else rng.normal(0, std, shape)
-            self._parameters[name] = Tensor(array.astype(np.float32), requires_grad=True)
+        self._parameters = {
+            name: Tensor(initial_array(name, shape, config, rng), requires_grad=True)
+            for name, shape in parameter_shapes(config).items()
+        }
 
-    def named_parameters(self): return dict(self._parameters)  # {name: Tensor}, as in a checkpoint
-    def parameters(self): return list(self._parameters.values())
+    def named_parameters(self):
+        """{name: Tensor}, as in a checkpoint."""
+        return dict(self._parameters)
+
+    def parameters(self):
+        return list(self._parameters.values())
 
     def __call__(self, ids):
         """Logits of the next token at every position: int (B, T) -> (V, B T), line after line.
-        Raises ValueError for ids that are not integers (B, T) within the vocabulary."""
-        ids, config = np.asarray(ids), self.config
-        if not (ids.ndim == 2 and ids.size and ids.dtype.kind in "iu"
-                and 0 <= ids.min() and ids.max() < config.vocab_size):
-            raise ValueError(f"ids must be integers (B, T) in 0 ... {config.vocab_size - 1}, "
-                             f"not {ids.dtype} {ids.shape}")
-        return self._logits(ids.ravel(), lambda qkv, layer: F.causal_attention(
-            qkv, config.n_heads, batch=len(ids)))
+
+        Raises ValueError unless ids are integers (B, T) within the vocabulary.
+        """
+        ids = np.asarray(ids)
+        vocab_size, n_heads = self.config.vocab_size, self.config.n_heads
+        is_integer = ids.dtype.kind in "iu"
+        if (
+            not (is_integer and ids.ndim == 2 and ids.size)
+            or ids.min() < 0
+            or ids.max() >= vocab_size
+        ):
+            raise ValueError(
+                f"ids must be integers (B, T) in 0 ... {vocab_size - 1}, not {ids.dtype} {ids.shape}"
+            )
+
+        def attention(qkv, layer):
+            return F.causal_attention(qkv, n_heads, batch=len(ids))
+
+        return self._logits(ids.ravel(), attention)
 
     def _logits(self, ids, attention):
-        """int (N,) -> (V, N), with attention(qkv, layer), (3D, N) -> (D, N)."""
+        """int (N,) -> (V, N), with attention(qkv, layer): (3D, N) -> (D, N)."""
         p = self._parameters
         x = F.embedding(p["embedding"], ids)  # (D, N)
         for i in range(self.config.n_layers):
-            b = f"blocks.{i}."
-            h = attention((p[b + "qkv"] * p[b + "attention_norm"]) @ F.rms_norm(x), i)  # (D, N)
-            x = x + p[b + "attention_out"] @ h
-            h = F.swiglu((p[b + "gate_up"] * p[b + "mlp_norm"]) @ F.rms_norm(x))  # (F, N)
-            x = x + p[b + "down"] @ h
-        return (p["head"] * p["norm"]) @ F.rms_norm(x)
+            block = f"blocks.{i}."
+            # A norm ends with a learned scale for each feature, diag(s) x. It is applied to the
+            # matrix that follows instead: W (diag(s) x) = (W diag(s)) x = (W * s) x.
+            qkv = (p[block + "qkv"] * p[block + "attention_norm"]) @ F.rms_norm(x)  # (3D, N)
+            x = x + p[block + "attention_out"] @ attention(qkv, i)  # (D, N)
+            gate_up = (p[block + "gate_up"] * p[block + "mlp_norm"]) @ F.rms_norm(x)  # (2F, N)
+            x = x + p[block + "down"] @ F.swiglu(gate_up)  # (D, N)
+        return (p["head"] * p["norm"]) @ F.rms_norm(x)  # (V, N)
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, rng=None, end=data.END):
-        """Continue prompts: lists of ids -> lists of the new ids, with the end token if reached.
-        Greedy at temperature 0, else sampled from softmax(logits / temperature) with `rng`, a NumPy
-        Generator. All rows advance together, a column a step; one with a longer prompt is still fed
-        it while others write: no padding is read. ValueError for an empty prompt or without rng."""
-        if not temperature >= 0 or temperature and rng is None:
+        """Continue each prompt: lists of ids -> lists of the new ids, ended by `end` if reached.
+
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled from
+            softmax(logits / temperature) with `rng`, a NumPy Generator.
+
+        Raises ValueError for an empty prompt, or a temperature that does not fit.
+        """
+        if not temperature >= 0 or (temperature > 0 and rng is None):
             raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
-        starts = np.array([len(ids) for ids in prompts])
+        starts = np.array([len(prompt) for prompt in prompts])  # (B,)
         if starts.min() < 1:
             raise ValueError("a prompt needs at least one token")
-        stops = starts + max_new_tokens  # (B,): lowered to where a row ends
-        text, c = data.pad(prompts, stops.max()), self.config  # (B, total)
-        going = np.arange(len(prompts))  # the rows that are not finished
-        cache = np.empty((2, c.n_layers, stops.max(), c.n_heads, c.d_model // c.n_heads,
-                          going.size), self._parameters["head"].dtype)  # keys and values
-        for column in range(1, stops.max()):
-            with no_grad():  # the position before `column`, after those whose keys are kept
-                logits = self._logits(text[going, column - 1], lambda qkv, i: F.cached_attention(
-                    qkv, c.n_heads, *cache[:, i], column - 1)).data  # (V, B)
-            new, writes = _choose(logits, temperature, rng), starts[going] <= column
-            text[going[writes], column] = new[writes]
-            stops[going[writes & (new == end)]] = column + 1
-            stay = stops[going] > column + 1
-            if not stay.all():  # finished rows leave the batch
-                going = going[stay]
-                # To move what is not filled yet, or to index instead, costs a tenth of the time.
-                filled = cache[:, :, :column].compress(stay, axis=-1)
-                cache = cache[..., :going.size]
-                cache[:, :, :column] = filled
-            if not going.size:
+        stops = starts + max_new_tokens  # (B,): moved to the end token once it is written
+        ids = data.pad(prompts, stops.max())  # (B, T), to be filled column by column
+        keys, values = self._empty_cache(ids.shape)  # of the positions that have been read
+
+        def attention(qkv, layer):
+            n_heads = self.config.n_heads
+            return F.cached_attention(qkv, n_heads, keys[layer], values[layer], position)
+
+        for position in range(stops.max() - 1):
+            # Read a column of ids: the logits are those of the next one, t.
+            t = position + 1
+            with no_grad():
+                logits = self._logits(ids[:, position], attention).data  # (V, B)
+            new = choose_tokens(logits, temperature, rng)  # (B,)
+            # A line whose prompt is longer than t is still being read. One that has reached its
+            # stop is finished, and what the model says to its padding is ignored.
+            is_writing = (starts <= t) & (t < stops)
+            ids[is_writing, t] = new[is_writing]
+            stops[is_writing & (new == end)] = t + 1
+            if (stops <= t + 1).all():
                 break
-        return [row[start:stop].tolist() for row, start, stop in zip(text, starts, stops)]
+        return [line[start:stop].tolist() for line, start, stop in zip(ids, starts, stops)]
+
+    def _empty_cache(self, shape):
+        """Keys and values of B lines of T positions, (n_layers, T, H, d, B) each."""
+        batch, length = shape
+        n_heads, d = self.config.n_heads, self.config.d_model // self.config.n_heads
+        dtype = self._parameters["head"].dtype
+        return np.empty((2, self.config.n_layers, length, n_heads, d, batch), dtype)
 
     def save(self, path):
-        """Write weights and config as .npz; what is there stays until the new file is complete.
-        Raises UserError, a ValueError, and writes nothing, for weights that are not finite."""
+        """Write config and weights as .npz. An older file stays until the new one is complete.
+
+        Raises UserError (a ValueError), and writes nothing, if weights are infinite or NaN.
+        """
         arrays = {name: parameter.data for name, parameter in self._parameters.items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise UserError(f"{path} was not written: infinite or NaN weights; try a lower --lr")
         with atomic_write(path) as file:
-            np.savez(file, config=json.dumps(vars(self.config), default=int), **arrays)
+            np.savez(file, config=json.dumps(dataclasses.asdict(self.config)), **arrays)
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint. Raises OSError where it cannot be read, else UserError."""
+        """The model of a checkpoint. OSError if it cannot be read, UserError if it is damaged."""
         with open(path, "rb") as file:
             try:
-                config, arrays = _read_checkpoint(file)
+                archive = np.load(file)  # which refuses to run pickled code
+                model = cls(Config(**json.loads(archive["config"].item())))
+                parameters = model.named_parameters()
+                if set(archive.files) != {"config", *parameters}:
+                    raise ValueError("its arrays are not those of its config")
+                for name, parameter in parameters.items():
+                    array = archive[name]
+                    if array.shape != parameter.shape or array.dtype.kind != "f":
+                        raise ValueError(f"{name} is {array.dtype} {array.shape}")
+                    if not np.isfinite(array).all():
+                        raise ValueError(f"{name} is not finite")
+                    parameter.data = array.astype(np.float32)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
-                raise UserError(f"{path} is no checkpoint, or damaged ({error}); train it again "
-                                f"with python sft.py, or name another file") from error
-        model = cls(config)
-        for name, parameter in model._parameters.items():
-            parameter.data = arrays[name]
+                raise UserError(
+                    f"{path} is no checkpoint of this project, or it is damaged ({error}); "
+                    "train it again with python sft.py, or name another file"
+                ) from error
         return model
 
 
-def _read_checkpoint(file):
-    """Config and {name: array}. Raises any kind of exception unless the file is what `save` writes.
-    The bytes are read before an array is made: a damaged header could ask for any memory."""
-    arrays = {}
-    with zipfile.ZipFile(file) as archive:
-        if sum(m.file_size for m in archive.infolist()) > os.fstat(file.fileno()).st_size:
-            raise ValueError("it is compressed, or shorter than it says")
-        for name in archive.namelist():
-            member = io.BytesIO(archive.read(name))
-            np.lib.format.read_magic(member)  # 1.0, what np.savez writes
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            array = np.frombuffer(member.read(), dtype)  # refuses what pickle would have to read
-            arrays[name.removesuffix(".npy")] = array.reshape(shape, order="CF"[is_fortran])
-    config = Config(**(fields := json.loads(arrays.pop("config").item())))
-    if vars(config) != fields or 6 * config.n_layers + 3 != len(arrays):  # before a list is made
-        raise ValueError("its config is not whole, or not that of its arrays")
-    for name, shape in parameter_shapes(config).items():
-        array = arrays[name]
-        if array.shape == shape[::-1] != shape:
-            raise ValueError(f"it is of the first edition, whose {name} lies transposed")
-        arrays[name] = array.astype(np.float32, order="C")
-        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is no array of finite floats of shape {shape}")
-    return config, arrays
-
-
-def _choose(logits, temperature, rng):
+def choose_tokens(logits, temperature, rng):
     """One token id for each column: (V, B) -> (B,)."""
-    if not temperature:
+    if temperature == 0:
         return logits.argmax(axis=0)
-    scaled = (logits.astype(np.float64) - logits.max(axis=0)) / temperature
+    scaled = (logits.astype(np.float64) - logits.max(axis=0)) / temperature  # at most 0
     cumulative = np.cumsum(np.exp(scaled), axis=0)  # (V, B)
-    return (cumulative <= rng.random(logits.shape[1]) * cumulative[-1]).sum(axis=0)
+    # A uniform number between 0 and the total falls into token k's interval with probability p_k.
+    # Count the intervals that end before it.
+    uniform = rng.random(logits.shape[1]) * cumulative[-1]  # (B,)
+    return (cumulative <= uniform).sum(axis=0)

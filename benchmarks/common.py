@@ -1,4 +1,5 @@
 """What the benchmarks share: sizes, processes that take turns, a table."""
+
 import argparse
 import json
 import os
@@ -20,8 +21,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 VOCABULARY = 14
 Size = namedtuple("Size", "lines tokens d_model n_layers n_heads d_hidden")
 # "default" is the first edition's, so that figures compare; "demo" is the demo's.
-SIZES = {"default": Size(128, 18, 32, 3, 4, 64), "demo": Size(256, 24, 64, 4, 8, 128),
-         "wide": Size(256, 20, 128, 2, 4, 512)}
+SIZES = {
+    "default": Size(128, 18, 32, 3, 4, 64),
+    "demo": Size(256, 24, 64, 4, 8, 128),
+    "wide": Size(256, 20, 128, 2, 4, 512),
+}
 Score = namedtuple("Score", "median workers check")  # ms, processes or threads, what it computed
 
 
@@ -59,8 +63,18 @@ def run(parser, flag, contestants, work, report):
     try:
         if arguments.worker:
             name, processes, threads = arguments.worker
-            print(json.dumps(launch(int(processes), work, contestants[name][0], int(threads),
-                                    cases[0], arguments)))
+            print(
+                json.dumps(
+                    launch(
+                        int(processes),
+                        work,
+                        contestants[name][0],
+                        int(threads),
+                        cases[0],
+                        arguments,
+                    )
+                )
+            )
             return
         for case in cases:
             scores = take_turns(contestants, [f"--{flag}", str(case)], arguments.rounds)
@@ -82,12 +96,15 @@ def take_turns(contestants, flags, rounds):
     environment = {key: value for key, value in os.environ.items() if "_NUM_THREADS" not in key}
     turns = {(name, *way): [] for name, (_, ways) in contestants.items() for way in ways}
     for turn in range(rounds):
-        for key in list(turns)[::-1 if turn % 2 else 1]:  # not always the same predecessor
+        for key in list(turns)[:: -1 if turn % 2 else 1]:  # not always the same predecessor
             name, processes, threads = map(str, key)
             environment["OPENBLAS_NUM_THREADS"] = environment["VECLIB_MAXIMUM_THREADS"] = threads
             done = subprocess.run(
                 [sys.executable, *sys.argv, *flags, "--worker", name, processes, threads],
-                env=environment, capture_output=True, text=True)
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
                 print(f"{name}, {processes} x {threads}: left out, {reason}", file=sys.stderr)
@@ -95,8 +112,10 @@ def take_turns(contestants, flags, rounds):
             else:
                 turns[key].append(json.loads(done.stdout.splitlines()[-1]))
                 ms = statistics.median(turns[key][-1]["times"])
-                print(f"turn {turn + 1}/{rounds}  {name}, {processes} x {threads}: {ms:.1f} ms",
-                      file=sys.stderr)
+                print(
+                    f"turn {turn + 1}/{rounds}  {name}, {processes} x {threads}: {ms:.1f} ms",
+                    file=sys.stderr,
+                )
     scores = dict.fromkeys(contestants)
     for (name, *way), results in turns.items():
         median = statistics.median([ms for result in results for ms in result["times"]])
@@ -112,5 +131,7 @@ def print_table(scores, title, n, unit):
     first = next(iter(scores))
     print(f"\n{title}\n{'':20}processes or threads  median ms  {f'x {first}':>8}  {unit:>9}/s")
     for name, (median, workers, _) in ((name, s) for name, s in scores.items() if s):
-        print(f"{name:20}{workers:>20}  {median:9.1f}  {median / scores[first].median:8.2f}  "
-              f"{1000 * n / median:11,.0f}")
+        print(
+            f"{name:20}{workers:>20}  {median:9.1f}  {median / scores[first].median:8.2f}  "
+            f"{1000 * n / median:11,.0f}"
+        )

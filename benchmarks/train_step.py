@@ -8,6 +8,7 @@ scaled_dot_product_attention) gets the better of one thread and one for each cor
 step on donated buffers. `products` are the step's matrix products alone, in the engine's layout;
 `real_sorted` is sft.train itself, on lines of the task, which are shorter.
 """
+
 import argparse
 import itertools
 from functools import partial
@@ -44,13 +45,14 @@ def numpy_step(world, size, threads):
         optimizer.step()
         optimizer.zero_grad()
         return batch_loss
+
     return step
 
 
 def real_step(world, size, threads):
     rng = np.random.default_rng(0)
     batches = (data.random_lines(size.lines, rng) for _ in itertools.count())
-    return partial(next, sft.train(new_model(size), batches, 10 ** 6, LEARNING_RATE, world))
+    return partial(next, sft.train(new_model(size), batches, 10**6, LEARNING_RATE, world))
 
 
 def products_step(world, size, threads):
@@ -74,17 +76,20 @@ def products_step(world, size, threads):
         for a, b, out in products:
             np.matmul(a, b, out=out)
         return float(world.all_reduce(0.0))  # waits for all
+
     return step
 
 
 def torch_step(world, size, threads, compiled=False):
     import torch
+
     torch.set_num_threads(threads)
     ids = torch.from_numpy(random_ids(size))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
-    weights = {name: torch.tensor(p.data.T.copy() if name == "embedding" else p.data,
-                                  requires_grad=True)
-               for name, p in new_model(size).named_parameters().items()}
+    weights = {
+        name: torch.tensor(p.data.T.copy() if name == "embedding" else p.data, requires_grad=True)
+        for name, p in new_model(size).named_parameters().items()
+    }
     parameters, loss_fn = list(weights.values()), torch_loss(size, weights)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS, EPS, fused=True)
     loss_fn = torch.compile(loss_fn) if compiled else loss_fn
@@ -96,6 +101,7 @@ def torch_step(world, size, threads, compiled=False):
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         return loss.item()
+
     return step
 
 
@@ -103,6 +109,7 @@ def torch_loss(size, p):
     """The loss as a function of ids (B, T) and targets (B T,)."""
     import torch
     import torch.nn.functional as TF
+
     width, half = (size.d_model,), size.d_model // size.n_heads // 2
     cos, sin = map(torch.from_numpy, rotary_tables(size))  # (T, d)
 
@@ -124,6 +131,7 @@ def torch_loss(size, p):
             x = x + TF.linear(TF.silu(gate) * up, p[b + "down"])
         logits = TF.linear(TF.rms_norm(x, width, p["norm"], 1e-6), p["head"])
         return TF.cross_entropy(logits.flatten(0, 1), targets)
+
     return loss
 
 
@@ -138,8 +146,11 @@ def rotary_tables(size):
 def jax_step(world, size, threads):
     import jax
     import jax.numpy as jnp
-    weights = {name: jnp.array(p.data.T.copy())  # (inputs, outputs), for x @ W
-               for name, p in new_model(size).named_parameters().items()}
+
+    weights = {
+        name: jnp.array(p.data.T.copy())  # (inputs, outputs), for x @ W
+        for name, p in new_model(size).named_parameters().items()
+    }
     mean, square = (jax.tree.map(jnp.zeros_like, weights) for _ in range(2))
     state, ids = [weights, mean, square, jnp.zeros((), jnp.int32)], jnp.array(random_ids(size))
     loss_and_grad = jax.value_and_grad(jax_loss(size))
@@ -160,6 +171,7 @@ def jax_step(world, size, threads):
     def step():
         loss, state[:] = jax.block_until_ready(update(*state, ids))
         return float(loss)
+
     return step
 
 
@@ -167,6 +179,7 @@ def jax_loss(size):
     """The loss as a function of weights and ids (B, T + 1)."""
     import jax
     import jax.numpy as jnp
+
     half = size.d_model // size.n_heads // 2
     cos, sin = (table[:, None] for table in rotary_tables(size))  # (T, 1, d)
     hidden_later = jnp.triu(jnp.full((size.tokens, size.tokens), -jnp.inf), 1)
@@ -192,6 +205,7 @@ def jax_loss(size):
             x = x + (jax.nn.silu(gate) * up) @ p[b + "down"]
         logps = jax.nn.log_softmax(norm(x, p["norm"]) @ p["head"])
         return -jnp.take_along_axis(logps, ids[:, 1:, None], axis=-1).mean()
+
     return loss
 
 
@@ -202,14 +216,14 @@ CONTESTANTS = {  # name: (step, [(processes, threads), ...])
     "torch_compile": (partial(torch_step, compiled=True), [(1, 1), (1, CORES)]),
     "jax": (jax_step, [(1, CORES)]),
     "products": (products_step, [(CORES, 1)]),
-    "real_sorted": (real_step, [(CORES, 1)])}
+    "real_sorted": (real_step, [(CORES, 1)]),
+}
 
 
 def work(world, new_step, threads, size, arguments):
     """One turn of one contestant: the losses of the first steps, and the times of later ones."""
     step = new_step(world, SIZES[size], threads)
-    return {"check": [step() for _ in range(10)],
-            "times": time_calls(step, world, arguments.steps)}
+    return {"check": [step() for _ in range(10)], "times": time_calls(step, world, arguments.steps)}
 
 
 def report(name, scores, arguments):

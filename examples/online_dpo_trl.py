@@ -1,4 +1,5 @@
 """DPO on the policy's own answers, judged as they are sampled, with TRL's OnlineDPOTrainer."""
+
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def right_and_preferred(prompts, completion_ids, **_):
     """TRL's reward function, data.judge: 1 for a right sum of three terms, 0 for all else."""
     rewards = []
     for prompt, ids in zip(prompts, completion_ids):
-        answer = ids[:ids.index(data.END) + 1] if data.END in ids else ids  # without padding
+        answer = ids[: ids.index(data.END) + 1] if data.END in ids else ids  # without padding
         outcome = data.judge(data.encode(prompt) + answer).outcome
         rewards.append(float(outcome == data.OUTCOMES[0]))
     return rewards
@@ -60,11 +61,21 @@ class OnlineTrainer(OnlineDPOTrainer):
 
 def configuration(folder, beta, lr, batch_size, **more):
     """dpo.py's objective, optimizer and sampling in TRL's words."""
-    return OnlineDPOConfig(**{
-        **SETTINGS, "output_dir": str(folder), "learning_rate": lr, "logging_steps": 50,
-        "per_device_train_batch_size": batch_size, "loss_type": "sigmoid", "beta": beta,
-        # evaluation.sample(..., temperature=1.0); the prompt and what follows stay in max_length
-        "temperature": 1.0, "max_new_tokens": data.MAX_LEN - LONGEST_PROMPT, **more})
+    return OnlineDPOConfig(
+        **{
+            **SETTINGS,
+            "output_dir": str(folder),
+            "learning_rate": lr,
+            "logging_steps": 50,
+            "per_device_train_batch_size": batch_size,
+            "loss_type": "sigmoid",
+            "beta": beta,
+            # evaluation.sample(..., temperature=1.0); the prompt and what follows stay in max_length
+            "temperature": 1.0,
+            "max_new_tokens": data.MAX_LEN - LONGEST_PROMPT,
+            **more,
+        }
+    )
 
 
 def trainer(policy, reference, n_prompts, config):
@@ -72,9 +83,14 @@ def trainer(policy, reference, n_prompts, config):
     one pass over n_prompts prompts."""
     targets = np.random.default_rng(config.seed).choice(data.TRAINING, n_prompts)
     prompts = datasets.Dataset.from_dict({"prompt": [f"{target}=" for target in targets]})
-    run = OnlineTrainer(model=load(policy), ref_model=load(reference), args=config,
-                        reward_funcs=right_and_preferred, train_dataset=prompts,
-                        processing_class=tokenizer())
+    run = OnlineTrainer(
+        model=load(policy),
+        ref_model=load(reference),
+        args=config,
+        reward_funcs=right_and_preferred,
+        train_dataset=prompts,
+        processing_class=tokenizer(),
+    )
     set_seed(config.seed, device_specific=True)  # every process samples from a stream of its own
     return run
 
@@ -82,16 +98,28 @@ def trainer(policy, reference, n_prompts, config):
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER",
-        help="what to_hugging_face.py wrote: where policy and reference start")
+    add(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="what to_hugging_face.py wrote: where policy and reference start",
+    )
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
     add("--rounds", type=cli.whole(1), default=2400, help="rounds of pairs, with one step each")
-    add("--prompts", type=cli.whole(1), default=384,
-        help="targets in a round, two answers each, of all processes")
+    add(
+        "--prompts",
+        type=cli.whole(1),
+        default=384,
+        help="targets in a round, two answers each, of all processes",
+    )
     add("--lr", type=cli.positive, default=1.2e-4, help="peak learning rate of Adam")
     add("--seed", type=cli.whole(0), default=0, help="of prompts and answers")
-    add("--out", type=cli.checkpoint_path, default=Path("runs/online_dpo_trl.npz"),
-        help="the checkpoint to write; a folder of this name without .npz goes beside it")
+    add(
+        "--out",
+        type=cli.checkpoint_path,
+        default=Path("runs/online_dpo_trl.npz"),
+        help="the checkpoint to write; a folder of this name without .npz goes beside it",
+    )
     return parser.parse_args(argv)
 
 
@@ -101,8 +129,9 @@ def main(argv=None):
     start = arguments.folder
     folder, batch_size = prepare(start, arguments.out, arguments.prompts)
     config = configuration(folder, arguments.beta, arguments.lr, batch_size, seed=arguments.seed)
-    train_and_save(trainer(start, start, arguments.rounds * arguments.prompts, config),
-                   arguments.out)
+    train_and_save(
+        trainer(start, start, arguments.rounds * arguments.prompts, config), arguments.out
+    )
 
 
 if __name__ == "__main__":

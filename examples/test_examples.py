@@ -1,7 +1,8 @@
 """The folder, the pairs and TRL's two trainers against this project's model, data and objective.
 
-    python -m pytest examples      (in an environment with examples/requirements.txt)
+python -m pytest examples      (in an environment with examples/requirements.txt)
 """
+
 import json
 import math
 import os
@@ -80,7 +81,8 @@ def paths(model, policy, tmp_path_factory):
 def same_weights(a, b):
     return a.config == b.config and all(
         (p.data == q.data).all() and p.data.dtype == q.data.dtype and p.data.shape == q.data.shape
-        for p, q in zip(a.parameters(), b.parameters()))
+        for p, q in zip(a.parameters(), b.parameters())
+    )
 
 
 def check_trained(out, start):
@@ -92,6 +94,7 @@ def check_trained(out, start):
 
 
 # The folder.
+
 
 def test_logits_agree(policy, paths):
     ids = data.random_lines(64, np.random.default_rng(2), data.TARGETS)
@@ -110,7 +113,7 @@ def test_greedy_answers_are_the_same_token_for_token(model, paths):
     for row, padding in zip(rows, (batch["attention_mask"] == 0).sum(dim=1).tolist()):
         row = row[padding:]
         end = row.index(data.END) + 1 if data.END in row else len(row)
-        theirs.append(row[:end][:data.MAX_LEN])
+        theirs.append(row[:end][: data.MAX_LEN])
     assert theirs == evaluation.sample(model, list(data.TARGETS), 0.0, np.random.default_rng(0))
 
 
@@ -147,9 +150,14 @@ def test_a_folder_comes_back_to_the_bit(policy, paths, tmp_path):
         assert same_weights(evaluation.load(tmp_path / "back.npz"), policy)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("rms_norm_eps", 1e-5), ("hidden_act", "gelu"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 500.0})])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rms_norm_eps", 1e-5),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 500.0}),
+    ],
+)
 def test_a_folder_that_our_model_cannot_be_is_refused(field, value, paths, tmp_path):
     llama = AutoModelForCausalLM.from_pretrained(paths["policy"])
     setattr(llama.config, field, value)
@@ -159,6 +167,7 @@ def test_a_folder_that_our_model_cannot_be_is_refused(field, value, paths, tmp_p
 
 
 # The pairs.
+
 
 def written(path, *flags):
     """The rows and columns that write_pairs.py leaves at `path`."""
@@ -182,8 +191,9 @@ def test_pairs_by_rule(tmp_path):
 
 
 def test_sampled_pairs(paths, tmp_path):
-    rows, columns = written(tmp_path / "s.jsonl", "--n", "20", "--checkpoint",
-                            str(paths["model.npz"]))
+    rows, columns = written(
+        tmp_path / "s.jsonl", "--n", "20", "--checkpoint", str(paths["model.npz"])
+    )
     assert (len(rows), columns) == (20, {"prompt", "chosen", "rejected"})
     for row in rows:
         chosen, rejected = (judged(row["prompt"], row[name]) for name in ("chosen", "rejected"))
@@ -195,7 +205,8 @@ def test_an_answer_without_an_end_token_makes_no_pair():
     good, open_end = data.encode("5=1+1+3") + [data.END], data.encode("5=" + "1" * 22)
     pairs = data.pad([good, open_end, open_end, good, good, data.encode("5==") + [data.END]])
     assert list(write_pairs.pair_rows(pairs.reshape(3, 2, -1))) == [
-        {"prompt": "5=", "chosen": "1+1+3", "rejected": "="}]
+        {"prompt": "5=", "chosen": "1+1+3", "rejected": "="}
+    ]
 
 
 def test_sft_lines(tmp_path):
@@ -207,6 +218,7 @@ def test_sft_lines(tmp_path):
 
 
 # DPOTrainer beside dpo.py.
+
 
 def trl_and_pairs(paths, out, n, batch_size, **more):
     """TRL's trainer without shuffling, and the same n pairs as ids (n, 2, T)."""
@@ -222,7 +234,7 @@ def test_the_first_step_is_ours(policy, model, paths, tmp_path):
     run, pairs = trl_and_pairs(paths, tmp_path, 256, 256, max_steps=1)
     batch = next(iter(run.get_train_dataloader()))
     both = np.concatenate([pairs[:, 0], pairs[:, 1]])
-    both = both[:, :data.lengths(both).max()]
+    both = both[:, : data.lengths(both).max()]
     np.testing.assert_array_equal(batch["input_ids"], both)  # one end token each, padded alike
     np.testing.assert_array_equal(batch["completion_mask"], data.completion_mask(both))
     run.train()
@@ -237,7 +249,8 @@ def test_ten_steps_are_ours(policy, model, paths, tmp_path):
     run, pairs = trl_and_pairs(paths, tmp_path, 160, 16)
     optimizer = run.create_optimizer()
     run.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine_schedule(step, 10, 1.0, warmup=10))
+        optimizer, lambda step: cosine_schedule(step, 10, 1.0, warmup=10)
+    )
     run.train()
     run.save_model()
     trained = Transformer(policy.config)
@@ -264,6 +277,7 @@ def test_the_script_trains_and_writes_both(paths, tmp_path, capsys):
 
 # OnlineDPOTrainer beside dpo.py.
 
+
 def online(paths, out):
     """The trainer of one step on 512 prompts."""
     config = online_dpo_trl.configuration(out / "run", BETA, 1e-3, 512)
@@ -273,10 +287,14 @@ def online(paths, out):
 def sampled_pairs(run):
     """The pairs of the last step as ids (P, 2, T), the right and preferred answer first."""
     prompts, prompt_mask, answers, answer_mask, _ = run.sampled
-    lines = [torch.cat([prompt[keep], answer[write]]).tolist() for prompt, keep, answer, write in
-             zip(prompts, prompt_mask.bool(), answers, answer_mask.bool())]
+    lines = [
+        torch.cat([prompt[keep], answer[write]]).tolist()
+        for prompt, keep, answer, write in zip(
+            prompts, prompt_mask.bool(), answers, answer_mask.bool()
+        )
+    ]
     pairs = []
-    for pair in zip(lines[:len(lines) // 2], lines[len(lines) // 2:]):
+    for pair in zip(lines[: len(lines) // 2], lines[len(lines) // 2 :]):
         right = [data.judge(line).outcome == data.OUTCOMES[0] for line in pair]
         assert pair[0] == pair[1] or sum(right) == 1
         assert data.decode(pair[0]).split("=")[0] == data.decode(pair[1]).split("=")[0]
@@ -320,14 +338,28 @@ def test_the_judge_is_ours():
 
 def test_three_steps_of_the_online_script(paths, tmp_path, capsys):
     out = tmp_path / "out.npz"
-    online_dpo_trl.main([str(paths["model"]), "--rounds", "3", "--prompts", "512", "--lr", "0.01",
-                         "--out", str(out)])
+    online_dpo_trl.main(
+        [
+            str(paths["model"]),
+            "--rounds",
+            "3",
+            "--prompts",
+            "512",
+            "--lr",
+            "0.01",
+            "--out",
+            str(out),
+        ]
+    )
     check_trained(out, paths["model"])
-    assert re.search(r"1,536 rows of data, processes: 1\nstep 1/3  [1-9]\d* pairs  loss 0.693",
-                     capsys.readouterr().out)
+    assert re.search(
+        r"1,536 rows of data, processes: 1\nstep 1/3  [1-9]\d* pairs  loss 0.693",
+        capsys.readouterr().out,
+    )
 
 
 # Mistakes.
+
 
 def lines_of(path, *rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -352,33 +384,36 @@ def files(model, paths, tmp_path, monkeypatch):
     lines_of("pairs.jsonl", {"prompt": "5=", "chosen": "1+2+2", "rejected": "2+3"})
 
 
-@pytest.mark.parametrize("script, flags, hint", [
-    ("to_hugging_face", "absent.npz folder", "absent.npz"),
-    ("to_hugging_face", "model.npz a-file", "exists"),
-    ("to_hugging_face", "model.npz", "FOLDER"),
-    ("write_pairs", "out.jsonl --checkpoint absent.npz", "absent.npz"),
-    ("write_pairs", "out.jsonl --sft --pairs rule", "not allowed"),
-    ("write_pairs", "out.jsonl --n 0", "from 1"),
-    ("write_pairs", "out.jsonl --n 2 --checkpoint untrained.npz", "no pair in 2 rounds"),
-    ("write_pairs", ". --pairs rule --n 2", "regular file"),
-    ("write_pairs", "model.npz --checkpoint model.npz", "name a .jsonl"),
-    ("write_pairs", "link.jsonl --pairs rule", "name a .jsonl"),
-    ("write_pairs", "pairs.jsonl --checkpoint pairs.jsonl", "name a .jsonl"),
-    ("dpo_trl", "absent pairs.jsonl", "no config.json in absent"),
-    ("dpo_trl", "broken pairs.jsonl", "SafetensorError"),
-    ("dpo_trl", "model absent.jsonl", "absent.jsonl"),
-    ("dpo_trl", "model sft.jsonl", "needs the texts"),
-    ("dpo_trl", "model letters.jsonl", "not in the vocabulary"),
-    ("dpo_trl", "model a-file", "line 1 is no pair"),
-    ("dpo_trl", "model empty.jsonl", "is empty"),
-    ("dpo_trl", "model null.jsonl", "needs the texts"),
-    ("dpo_trl", "model .", "directory"),
-    ("dpo_trl", "model pairs.jsonl --beta 0", "above 0"),
-    ("dpo_trl", "model pairs.jsonl --out model.npz", "overwrite model"),
-    ("online_dpo_trl", "broken", "SafetensorError"),
-    ("online_dpo_trl", "model --out a-file", "ending in .npz"),
-    ("online_dpo_trl", "model --out model.npz", "overwrite model"),
-])
+@pytest.mark.parametrize(
+    "script, flags, hint",
+    [
+        ("to_hugging_face", "absent.npz folder", "absent.npz"),
+        ("to_hugging_face", "model.npz a-file", "exists"),
+        ("to_hugging_face", "model.npz", "FOLDER"),
+        ("write_pairs", "out.jsonl --checkpoint absent.npz", "absent.npz"),
+        ("write_pairs", "out.jsonl --sft --pairs rule", "not allowed"),
+        ("write_pairs", "out.jsonl --n 0", "from 1"),
+        ("write_pairs", "out.jsonl --n 2 --checkpoint untrained.npz", "no pair in 2 rounds"),
+        ("write_pairs", ". --pairs rule --n 2", "regular file"),
+        ("write_pairs", "model.npz --checkpoint model.npz", "name a .jsonl"),
+        ("write_pairs", "link.jsonl --pairs rule", "name a .jsonl"),
+        ("write_pairs", "pairs.jsonl --checkpoint pairs.jsonl", "name a .jsonl"),
+        ("dpo_trl", "absent pairs.jsonl", "no config.json in absent"),
+        ("dpo_trl", "broken pairs.jsonl", "SafetensorError"),
+        ("dpo_trl", "model absent.jsonl", "absent.jsonl"),
+        ("dpo_trl", "model sft.jsonl", "needs the texts"),
+        ("dpo_trl", "model letters.jsonl", "not in the vocabulary"),
+        ("dpo_trl", "model a-file", "line 1 is no pair"),
+        ("dpo_trl", "model empty.jsonl", "is empty"),
+        ("dpo_trl", "model null.jsonl", "needs the texts"),
+        ("dpo_trl", "model .", "directory"),
+        ("dpo_trl", "model pairs.jsonl --beta 0", "above 0"),
+        ("dpo_trl", "model pairs.jsonl --out model.npz", "overwrite model"),
+        ("online_dpo_trl", "broken", "SafetensorError"),
+        ("online_dpo_trl", "model --out a-file", "ending in .npz"),
+        ("online_dpo_trl", "model --out model.npz", "overwrite model"),
+    ],
+)
 def test_a_mistake_is_one_line(script, flags, hint, files, paths, capsys):
     before = paths["model.npz"].read_bytes()
     try:

@@ -1,4 +1,5 @@
 """Write a checkpoint of this project as a folder of Hugging Face transformers."""
+
 import sys
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from transformer import Config, Transformer  # noqa: E402
 
 OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 IN_A_BLOCK = {
-    "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
+    "attention_norm": ["input_layernorm"],
+    "mlp_norm": ["post_attention_layernorm"],
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention_out": ["self_attn.o_proj"], "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "down": ["mlp.down_proj"]}
+    "attention_out": ["self_attn.o_proj"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+}
 
 
 def their_names(name):
@@ -42,13 +46,25 @@ def llama_weights(model):
 def llama_config(config):
     """The LlamaConfig of our Config: every default that our model relies on is spelled out."""
     return LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_hidden,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_heads, max_position_embeddings=config.max_len,
-        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=data.END, pad_token_id=data.PAD,
-        architectures=["LlamaForCausalLM"], dtype="float32")
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_heads,
+        max_position_embeddings=config.max_len,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=data.END,
+        pad_token_id=data.PAD,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
 
 
 def tokenizer():
@@ -62,8 +78,13 @@ def tokenizer():
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()  # joined without spaces
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=end, pad_token=pad, padding_side="left",
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
+        tokenizer_object=words,
+        eos_token=end,
+        pad_token=pad,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def export(model, folder):
@@ -81,12 +102,24 @@ def from_hugging_face(folder):
             raise cli.UserError(f"no {name} in {folder}; write it with examples/to_hugging_face.py")
     try:
         llama = LlamaConfig.from_pretrained(folder)
-        model = Transformer(Config(llama.vocab_size, llama.hidden_size, llama.num_hidden_layers,
-                                   llama.num_attention_heads, llama.intermediate_size,
-                                   llama.max_position_embeddings))
+        model = Transformer(
+            Config(
+                llama.vocab_size,
+                llama.hidden_size,
+                llama.num_hidden_layers,
+                llama.num_attention_heads,
+                llama.intermediate_size,
+                llama.max_position_embeddings,
+            )
+        )
         expected = llama_config(model.config)
-        for name in ("rms_norm_eps", "rope_parameters", "hidden_act", "tie_word_embeddings",
-                     "num_key_value_heads"):  # what our model cannot do otherwise
+        for name in (
+            "rms_norm_eps",
+            "rope_parameters",
+            "hidden_act",
+            "tie_word_embeddings",
+            "num_key_value_heads",
+        ):  # what our model cannot do otherwise
             if getattr(llama, name) != getattr(expected, name):
                 raise ValueError(f"{name} is {getattr(llama, name)}")
         weights = load_file(folder / "model.safetensors")
@@ -97,15 +130,18 @@ def from_hugging_face(folder):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             parameter.data = array
     except Exception as error:  # what transformers and safetensors raise is not theirs alone
-        raise cli.UserError(f"{folder} is not what examples/to_hugging_face.py writes "
-                            f"({type(error).__name__}: {error})") from None
+        raise cli.UserError(
+            f"{folder} is not what examples/to_hugging_face.py writes "
+            f"({type(error).__name__}: {error})"
+        ) from None
     return model
 
 
 def parse_arguments(argv):
     parser = cli.Parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
-                        help="what sft.py or dpo.py wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="what sft.py or dpo.py wrote"
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write")
     return parser.parse_args(argv)
 

@@ -1,4 +1,5 @@
 """Write preference pairs, or SFT lines, as JSON lines with the columns TRL asks for."""
+
 import json
 import sys
 from pathlib import Path
@@ -45,8 +46,9 @@ def sampled_rows(model, n, prefer, rng):
         new = list(pair_rows(dpo.judged_pairs(model, targets, ANSWERS, prefer, rng)))
         rows, empty = rows + new, 0 if new else empty + 1
         if empty == dpo.PATIENCE:
-            raise cli.UserError(f"no pair in {empty} rounds of {PROMPTS * ANSWERS:,} answers; "
-                                f"train SFT longer")
+            raise cli.UserError(
+                f"no pair in {empty} rounds of {PROMPTS * ANSWERS:,} answers; train SFT longer"
+            )
     return rows[:n]
 
 
@@ -54,15 +56,23 @@ def parse_arguments(argv):
     parser = cli.Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="FILE", help="the file of JSON lines to write")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--pairs", choices=["sampled", "rule"], default="sampled",
-                      help="answers sampled from --checkpoint, judged; or right sums made by rule")
+    what.add_argument(
+        "--pairs",
+        choices=["sampled", "rule"],
+        default="sampled",
+        help="answers sampled from --checkpoint, judged; or right sums made by rule",
+    )
     what.add_argument("--sft", action="store_true", help="write SFT lines instead of pairs")
     add = parser.add_argument
     add("--n", type=cli.whole(1), default=1024, help="pairs or lines to write")
-    add("--checkpoint", type=Path, default=Path("runs/sft.npz"),
-        help="the model that is sampled from")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=Path("runs/sft.npz"),
+        help="the model that is sampled from",
+    )
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
-    add("--seed", type=cli.whole(0, 2 ** 63 - 1), default=0, help="of all that is random")
+    add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of all that is random")
     return parser.parse_args(argv)
 
 

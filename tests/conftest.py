@@ -1,4 +1,5 @@
 """What pytest does first: find the project, load NumPy as the project does, set up hypothesis."""
+
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from hypothesis import settings  # noqa: E402
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # No database of earlier failures: a run depends on nothing that another run left behind.
-settings.register_profile("project", deadline=None, max_examples=25, database=None,
-                          derandomize="CI" in os.environ)
+settings.register_profile(
+    "project", deadline=None, max_examples=25, database=None, derandomize="CI" in os.environ
+)
 settings.load_profile("project")

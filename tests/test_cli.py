@@ -1,4 +1,5 @@
 """The programs, called in this process: what they write and print; a mistake costs one line."""
+
 import json
 import os
 import random
@@ -32,8 +33,13 @@ def small(monkeypatch, tmp_path):
 
 
 def nothing_written():
-    return (Path("out.npz").read_bytes() == b"an earlier result"
-            and set(os.listdir()) <= {"sft.npz", "out.npz", "odd.npz", "odd.json", "locked"})
+    return Path("out.npz").read_bytes() == b"an earlier result" and set(os.listdir()) <= {
+        "sft.npz",
+        "out.npz",
+        "odd.npz",
+        "odd.json",
+        "locked",
+    }
 
 
 def message_of(program, *flags):
@@ -47,19 +53,32 @@ def message_of(program, *flags):
         assert stop.code == 0
 
 
-@pytest.mark.parametrize("program, flags, hint", [
-    ("sft", "--nonsense", "--nonsense"), ("sft", "--step 3", "--step"),
-    ("sft", "--steps 1.5", "from 1"), ("sft", "--lr nan", "above 0"), ("sft", "--out x", ".npz"),
-    ("sft", "--processes 65", "from 1 to 64"), ("sft", "--out out.npz --d-model 9", "multiple"),
-    ("sft", "--seed 9223372036854775808", "from 0 to 9223372036854775807"),
-    ("dpo", "--beta 1e39", "below 1e30"), ("dpo", "--prefer 7", "--prefer"),
-    ("dpo", "--pairs best", "--pairs"), ("dpo", "--answers 1", "from 2"),
-    ("dpo", "--sft x/../sft.npz --out sft.npz", "overwrite"),
-    ("dpo", "--out x.npz", r"runs/sft.npz; python sft.py writes one in .* minutes"),
-    ("eval", "missing.npz", "missing.npz"), ("eval", "--prompt 4", "from 5 to 100"),
-    ("eval", "--samples 0", "from 1"), ("eval", "--temperature 0", "above 0"),
-    ("eval", "--tokens 3=1+2", "100=10"), ("eval", "sft.npz --tokens 9=4+5", "two checkpoints"),
-    ("eval", "--tokens 9=4+5 8=4+4 7=3+4", "one or two lines")])
+@pytest.mark.parametrize(
+    "program, flags, hint",
+    [
+        ("sft", "--nonsense", "--nonsense"),
+        ("sft", "--step 3", "--step"),
+        ("sft", "--steps 1.5", "from 1"),
+        ("sft", "--lr nan", "above 0"),
+        ("sft", "--out x", ".npz"),
+        ("sft", "--processes 65", "from 1 to 64"),
+        ("sft", "--out out.npz --d-model 9", "multiple"),
+        ("sft", "--seed 9223372036854775808", "from 0 to 9223372036854775807"),
+        ("dpo", "--beta 1e39", "below 1e30"),
+        ("dpo", "--prefer 7", "--prefer"),
+        ("dpo", "--pairs best", "--pairs"),
+        ("dpo", "--answers 1", "from 2"),
+        ("dpo", "--sft x/../sft.npz --out sft.npz", "overwrite"),
+        ("dpo", "--out x.npz", r"runs/sft.npz; python sft.py writes one in .* minutes"),
+        ("eval", "missing.npz", "missing.npz"),
+        ("eval", "--prompt 4", "from 5 to 100"),
+        ("eval", "--samples 0", "from 1"),
+        ("eval", "--temperature 0", "above 0"),
+        ("eval", "--tokens 3=1+2", "100=10"),
+        ("eval", "sft.npz --tokens 9=4+5", "two checkpoints"),
+        ("eval", "--tokens 9=4+5 8=4+4 7=3+4", "one or two lines"),
+    ],
+)
 def test_a_bad_flag_is_one_line(capsys, program, flags, hint):
     message = message_of(program, *flags.split())
     assert re.search(hint, message) and "\n" not in message and nothing_written()
@@ -76,8 +95,14 @@ def test_the_programs_write_what_they_say(capsys):
     assert "step 6/6" in printed and f"next: python dpo.py --beta 0.8 --sft {model}" in printed
     assert "round 3/3" in printed and "DPO greedy   96=" in printed
     files = {path.name.replace("_$5_vs_$10", ""): path for path in Path("a").iterdir()}
-    assert set(files) == {"cost.npz", "cost.json", "dpo.npz", "dpo.json", "dpo-dist.png",
-                          "dpo-training.png"}
+    assert set(files) == {
+        "cost.npz",
+        "cost.json",
+        "dpo.npz",
+        "dpo.json",
+        "dpo-dist.png",
+        "dpo-training.png",
+    }
     for path in files["cost.npz"], files["dpo.npz"]:  # the same seed, the same bytes
         assert path.read_bytes() == (Path("b") / path.name).read_bytes()
     facts, log = (json.loads(files[name].read_text()) for name in ("cost.json", "dpo.json"))
@@ -106,6 +131,7 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
     def printed(*flags):
         assert message_of("eval", *flags) is None
         return capsys.readouterr().out
+
     rows = json.loads(printed("sft.npz", "--json", "--samples", 2))
     assert [row["n"] for row in rows] == [2, 96, 4, 192]
     assert printed("sft.npz", "--samples", 2) == evaluation.table(rows) + "\n"
@@ -116,7 +142,8 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
     flags = ["--samples", 3, "--json", "--temperature", 0.5, "--seed", 1, "--prefer", 2]
     monkeypatch.setattr(evaluation, "ANSWER", "")
     assert json.loads(printed("sft.npz", "--prompt", 77, *flags)) == [
-        {"checkpoint": "sft.npz", "asked": [77, 3, 0.5, 1, 2]}]
+        {"checkpoint": "sft.npz", "asked": [77, 3, 0.5, 1, 2]}
+    ]
     models = [Transformer.load(save_model("other.npz", seed=1)), Transformer.load("sft.npz")]
     lines = "100=10+70+20", "100=9+91"
     rows = [evaluation.credit(*models, data.encode(line) + [data.END], 0.5) for line in lines]
@@ -129,8 +156,9 @@ def test_eval_prints_a_table_answers_credit_and_json(capsys, monkeypatch):
 def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch):
     """One without pairs, too; with the seconds left, here ten for each round."""
     clock, make, sizes = iter([0, 10, 20, 30, 40, 50]), dpo.rule_rounds, iter([4, 0, 0, 4])
-    monkeypatch.setattr(dpo, "rule_rounds", lambda *rest: (
-        pairs[:next(sizes)] for pairs in make(*rest)))
+    monkeypatch.setattr(
+        dpo, "rule_rounds", lambda *rest: (pairs[: next(sizes)] for pairs in make(*rest))
+    )
     monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
     dpo.train_policy(World(), dpo.parse_arguments([*RUNS["dpo"], "--rounds", "4"]))
     monkeypatch.undo()
@@ -143,13 +171,16 @@ def test_every_round_that_is_shown_has_a_line_of_its_own(capsys, monkeypatch):
 @pytest.mark.parametrize("rounds", [3, 40, 42, 99, 500])
 def test_a_run_is_measured_and_shown_forty_times_and_at_its_end(capsys, monkeypatch, rounds):
     monkeypatch.setattr(dpo, "measure", lambda *_: {"shares": {}})
-    monkeypatch.setattr(dpo, "train", lambda *_: (
-        {"round": i + 1, "pairs": 0} for i in range(rounds)))
+    monkeypatch.setattr(
+        dpo, "train", lambda *_: ({"round": i + 1, "pairs": 0} for i in range(rounds))
+    )
     arguments = dpo.parse_arguments([*RUNS["dpo"], "--rounds", str(rounds)])
     history = dpo.train_policy(World(), arguments)[2]
     measured = [row["round"] for row in history if "shares" in row]
-    shown = [int(i.replace(",", "")) for i in re.findall("^round (.*)/", capsys.readouterr().out,
-                                                         re.MULTILINE)]
+    shown = [
+        int(i.replace(",", ""))
+        for i in re.findall("^round (.*)/", capsys.readouterr().out, re.MULTILINE)
+    ]
     assert shown == sorted({1, *measured[1:]})
     assert measured[0] == 0 and measured[-1] == rounds and len(measured) == 1 + min(40, rounds)
     assert np.ptp(np.diff(measured)) <= 1  # evenly
@@ -175,11 +206,19 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_with_its_name(damage):
 
 
 @pytest.mark.parametrize("program", ["sft", "dpo"])
-@pytest.mark.parametrize("out, prepare", [
-    (300 * "x" + ".npz", ""), (250 * "x" + ".npz", ""), ("sft.npz/x.npz", ""),
-    ("odd.npz", "os.symlink(os.devnull, 'odd.npz')"), ("odd.npz", "os.mkfifo('odd.npz')"),
-    ("odd.npz", "os.mkdir('odd.json')"), ("locked/x.npz", "os.mkdir('locked', 0o500)")],
-    ids=["long", "long beside it", "below a file", "device", "pipe", "folder", "read-only"])
+@pytest.mark.parametrize(
+    "out, prepare",
+    [
+        (300 * "x" + ".npz", ""),
+        (250 * "x" + ".npz", ""),
+        ("sft.npz/x.npz", ""),
+        ("odd.npz", "os.symlink(os.devnull, 'odd.npz')"),
+        ("odd.npz", "os.mkfifo('odd.npz')"),
+        ("odd.npz", "os.mkdir('odd.json')"),
+        ("locked/x.npz", "os.mkdir('locked', 0o500)"),
+    ],
+    ids=["long", "long beside it", "below a file", "device", "pipe", "folder", "read-only"],
+)
 def test_where_saving_would_fail_nothing_is_trained(monkeypatch, program, out, prepare):
     monkeypatch.setattr(cli, "show_progress", None)  # training would fail
     exec(prepare)
@@ -189,8 +228,9 @@ def test_where_saving_would_fail_nothing_is_trained(monkeypatch, program, out, p
     assert "choose another name" in message and "\n" not in message and nothing_written()
 
 
-@pytest.mark.parametrize("step, says", [(0, "loss is nan (at step|in round) 2"),
-                                        (2, "out.npz.* infinite")])
+@pytest.mark.parametrize(
+    "step, says", [(0, "loss is nan (at step|in round) 2"), (2, "out.npz.* infinite")]
+)
 @pytest.mark.parametrize("module", [sft, dpo])
 def test_a_loss_or_weights_that_are_not_finite_end_the_run(monkeypatch, module, step, says):
     """The last of three steps can spoil the weights: the loss that is looked at comes before it."""
@@ -199,19 +239,47 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run(monkeypatch, module, 
     assert re.search(f"{says}.*lower --lr", message) and nothing_written()
 
 
-@pytest.mark.parametrize("rounds, both, says", [
-    (3, 0, "too few good answers.*--answers"), (50, 0, "too few good answers.*--answers"),
-    (50, 1, "nothing left to reject: .*after round 10\n")])
+@pytest.mark.parametrize(
+    "rounds, both, says",
+    [
+        (3, 0, "too few good answers.*--answers"),
+        (50, 0, "too few good answers.*--answers"),
+        (50, 1, "nothing left to reject: .*after round 10\n"),
+    ],
+)
 def test_a_run_without_a_pair_writes_only_if_all_is_well(capsys, monkeypatch, rounds, both, says):
     metrics = evaluation.metrics
     monkeypatch.setattr(evaluation, "metrics", lambda *rest: metrics(*rest) | {"both": both})
-    message = message_of("dpo", "--sft", "sft.npz", *RULE[2:], "--answers", 2, "--rounds", rounds,
-                         "--out", "out.npz")
+    message = message_of(
+        "dpo", "--sft", "sft.npz", *RULE[2:], "--answers", 2, "--rounds", rounds, "--out", "out.npz"
+    )
     assert re.search(says, message or capsys.readouterr().out) and nothing_written() == (not both)
 
 
-VALUES = ["0", "1", "2", "3", "5", "8", "-1", "x", "nan", "0.5", "9e29", "1e-30", "9=4+5", "rule",
-          "once", "online", "none.npz", "out.npz", "new/\u00e9 $x$.npz", ".npz", "x/", "--json"]
+VALUES = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "5",
+    "8",
+    "-1",
+    "x",
+    "nan",
+    "0.5",
+    "9e29",
+    "1e-30",
+    "9=4+5",
+    "rule",
+    "once",
+    "online",
+    "none.npz",
+    "out.npz",
+    "new/\u00e9 $x$.npz",
+    ".npz",
+    "x/",
+    "--json",
+]
 
 
 @pytest.mark.parametrize("n", [5, pytest.param(67, marks=pytest.mark.slow)])

@@ -1,4 +1,5 @@
 """The task: text to ids and back, the strict parser, judging, uniform lines, masks and shards."""
+
 import itertools
 import math
 import random
@@ -35,10 +36,42 @@ def test_unknown_characters_are_refused_by_name(text, unknown):
     assert repr(unknown) in str(error.value)
 
 
-@pytest.mark.parametrize("line", [
-    "1=1\n", "1=1+", "1=+1", "1=1++1", "=1", "1=", "1=1=1", "+1=1", "1= 1", "1=1_0", "1=\u0661",
-    "\u0661=1", "1=\u00b2", "1=01", "1=0", "1=1+0", "10=3+69111", "100=100", "1000=1", "-1=1", "1",
-    "1=-1", "1=1,1", "1=1.0", "1==1", "", "=", "1=1 ", " 1=1", "1=0x1", "1=" + 5000 * "9"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1=1\n",
+        "1=1+",
+        "1=+1",
+        "1=1++1",
+        "=1",
+        "1=",
+        "1=1=1",
+        "+1=1",
+        "1= 1",
+        "1=1_0",
+        "1=\u0661",
+        "\u0661=1",
+        "1=\u00b2",
+        "1=01",
+        "1=0",
+        "1=1+0",
+        "10=3+69111",
+        "100=100",
+        "1000=1",
+        "-1=1",
+        "1",
+        "1=-1",
+        "1=1,1",
+        "1=1.0",
+        "1==1",
+        "",
+        "=",
+        "1=1 ",
+        " 1=1",
+        "1=0x1",
+        "1=" + 5000 * "9",
+    ],
+)
 def test_what_is_no_line_does_not_parse(line):
     assert data.parse(line) is None
 
@@ -50,22 +83,37 @@ def test_an_answer_is_judged_by_its_sum_and_its_number_of_terms(line, prefer):
     assert data.parse(text_of(*line)) == line
     exact, preferred = sum(terms) == target, len(terms) == prefer
     assert data.judge(answer(*line), prefer) == (
-        target, terms, sum(terms), exact, preferred, "wrong sum" if not exact else
-        "right, preferred" if preferred else "right, not preferred")
+        target,
+        terms,
+        sum(terms),
+        exact,
+        preferred,
+        "wrong sum" if not exact else "right, preferred" if preferred else "right, not preferred",
+    )
     assert data.judge(answer(7, [1, 2, 4])).preferred  # three, unless another number is named
 
 
 def test_an_answer_parses_only_if_it_ends_once_and_last():
     right = answer(7, [3, 4])
-    for wrong in ([], right[:-1], right + [data.END], right + [data.PAD], [data.PAD, *right],
-                  [*right[:3], data.END, *right[3:]], [*right[:3], data.PAD, *right[3:]]):
+    for wrong in (
+        [],
+        right[:-1],
+        right + [data.END],
+        right + [data.PAD],
+        [data.PAD, *right],
+        [*right[:3], data.END, *right[3:]],
+        [*right[:3], data.PAD, *right[3:]],
+    ):
         assert data.judge(wrong, 2) == (None, None, None, False, False, "does not parse")
 
 
 @pytest.mark.parametrize("target, count", [(5, 2), (6, 3), (7, 4), (7, 5), (5, 5), (9, 3), (20, 2)])
 def test_a_random_line_is_any_split_of_its_target_equally_often(target, count):
-    ways = {tuple(answer(target, way)) for way in itertools.product(range(1, target), repeat=count)
-            if sum(way) == target}
+    ways = {
+        tuple(answer(target, way))
+        for way in itertools.product(range(1, target), repeat=count)
+        if sum(way) == target
+    }
     rng = random.Random(target)
     drawn = [tuple(data.random_line(target, count, rng)) for _ in range(200 * len(ways))]
     assert set(drawn) == ways
@@ -96,30 +144,48 @@ def test_targets_and_counts_of_random_lines_are_uniform_and_independent():
     assert {read(row)[0] for row in random_batch(0, 50, [7, 9])} == {7, 9}
 
 
-@given(st.lists(st.tuples(st.integers(0, 999), st.lists(st.integers(0, data.PAD), max_size=8)),
-                min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 999), st.lists(st.integers(0, data.PAD), max_size=8)), min_size=1
+    )
+)
 def test_the_mask_covers_what_the_model_is_to_write_and_no_padding_but_its_own(answers):
     """Padding that it wrote itself counts: else DPO could never reject an answer for it."""
     lines = [data.encode(f"{target}=") + rest + [data.END] for target, rest in answers]
     ids = data.pad(lines, 14)
     assert ids.tolist() == [line + [data.PAD] * (14 - len(line)) for line in lines]
-    assert np.array_equal(data.pad(lines), ids[:, :max(map(len, lines))])
+    assert np.array_equal(data.pad(lines), ids[:, : max(map(len, lines))])
     assert data.lengths(ids[None]).tolist() == [list(map(len, lines))]
     for (target, _), line, row in zip(answers, lines, data.completion_mask(ids)):
         assert np.flatnonzero(row).tolist() == list(range(len(str(target)) + 1, len(line)))
 
 
-@given(st.lists(st.lists(st.integers(0, data.PAD), max_size=8).map(lambda row: [*row, 1]),
-                max_size=60), st.integers(1, 20), st.booleans())
+@given(
+    st.lists(
+        st.lists(st.integers(0, data.PAD), max_size=8).map(lambda row: [*row, 1]), max_size=60
+    ),
+    st.integers(1, 20),
+    st.booleans(),
+)
 def test_shards_hold_every_row_once_and_whole_longest_first(rows, size, paired):
     """Lines (N, T), or pairs (P, 2, T), which are cut to the longer of the two; of none, too."""
     ids = data.pad(rows, 10)
-    ids = ids[:len(ids) // 2 * 2].reshape(-1, 2, 10) if paired else ids
+    ids = ids[: len(ids) // 2 * 2].reshape(-1, 2, 10) if paired else ids
     shards = data.by_length(ids, size)
     assert len(shards) <= math.ceil(len(ids) / size) and all(len(shard) for shard in shards)
-    whole = np.concatenate([ids[:0], *(np.pad(
-        shard, [(0, 0)] * (ids.ndim - 1) + [(0, 10 - shard.shape[-1])], constant_values=data.PAD)
-        for shard in shards)])
+    whole = np.concatenate(
+        [
+            ids[:0],
+            *(
+                np.pad(
+                    shard,
+                    [(0, 0)] * (ids.ndim - 1) + [(0, 10 - shard.shape[-1])],
+                    constant_values=data.PAD,
+                )
+                for shard in shards
+            ),
+        ]
+    )
     assert sorted(whole.tolist()) == sorted(ids.tolist())
     assert [shard.shape[-1] for shard in shards] == [data.lengths(s).max() for s in shards]
     assert (np.diff([data.lengths(row).max() for row in whole]) <= 0).all()

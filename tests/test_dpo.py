@@ -1,4 +1,5 @@
 """The DPO objective, each test a line of mathematics (Rafailov et al. 2023); pairs; training."""
+
 import itertools
 import math
 
@@ -15,7 +16,8 @@ from tinygrad_lite import Tensor, World, gradcheck, launch
 
 # Four float64 arrays (pairs,): policy chosen and rejected, reference chosen and rejected.
 four_logps = st.lists(st.tuples(*[st.floats(-50, 0, width=32)] * 4), min_size=1, max_size=6).map(
-    lambda rows: list(np.array(rows).T))
+    lambda rows: list(np.array(rows).T)
+)
 betas = st.floats(0.05, 3)
 
 
@@ -44,8 +46,9 @@ def test_loss_and_slopes_are_those_of_the_paper(arrays, beta):
     loss, d_chosen, _ = loss_and_slopes(arrays[:2] * 2, beta)  # policy equal to reference
     assert loss == pytest.approx(math.log(2))
     np.testing.assert_allclose(d_chosen, -beta / 2 / h.size)
-    assert gradcheck(lambda *policy: dpo.dpo_loss(*policy, *arrays[2:], beta),
-                     *arrays[:2]) < TOLERANCE
+    assert (
+        gradcheck(lambda *policy: dpo.dpo_loss(*policy, *arrays[2:], beta), *arrays[:2]) < TOLERANCE
+    )
 
 
 @given(four_logps, betas, seeds, st.floats(0.01, 10))
@@ -82,8 +85,14 @@ def test_log_probabilities_of_unlike_shapes_are_refused(at):
 
 
 MODEL, REFERENCE = model_of_the_task(0, np.float64), model_of_the_task(1, np.float64)
-PAIRS = data.pad([answer(12, [3, 4, 5]), answer(12, [6, 6]),
-                  answer(100, [10, 70, 20]), answer(100, [97, 1, 1, 1])]).reshape(2, 2, -1)
+PAIRS = data.pad(
+    [
+        answer(12, [3, 4, 5]),
+        answer(12, [6, 6]),
+        answer(100, [10, 70, 20]),
+        answer(100, [97, 1, 1, 1]),
+    ]
+).reshape(2, 2, -1)
 PADDED = np.pad(PAIRS, ((0, 0), (0, 0), (0, 4)), constant_values=data.PAD)
 PREFIXED = data.pad([answer(52, [10, 20, 22]), answer(52, [10, 20, 1, 21])])[None]
 
@@ -98,16 +107,22 @@ def loss_and_gradients(pairs, logps=dpo.pair_logps):
 
 def after_the_prefix(model, pairs):
     ids, mask = pairs[0], data.completion_mask(pairs[0])
-    mask[:, :len("52=10+20+")] = False
+    mask[:, : len("52=10+20+")] = False
     logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel()).reshape(2, -1)
     logps = (logps * mask[:, 1:]).sum(axis=1)
     return logps[:1], logps[1:]
 
 
-@pytest.mark.parametrize("pairs, others, logps", [
-    (PAIRS, PADDED, dpo.pair_logps), (PAIRS, PAIRS[::-1], dpo.pair_logps),
-    (PAIRS, PAIRS, lambda model, pairs: [completion_logps(model, pairs[:, i]) for i in (0, 1)]),
-    (PREFIXED, PREFIXED, after_the_prefix)], ids=["padding", "order", "two forwards", "prefix"])
+@pytest.mark.parametrize(
+    "pairs, others, logps",
+    [
+        (PAIRS, PADDED, dpo.pair_logps),
+        (PAIRS, PAIRS[::-1], dpo.pair_logps),
+        (PAIRS, PAIRS, lambda model, pairs: [completion_logps(model, pairs[:, i]) for i in (0, 1)]),
+        (PREFIXED, PREFIXED, after_the_prefix),
+    ],
+    ids=["padding", "order", "two forwards", "prefix"],
+)
 def test_what_changes_neither_loss_nor_gradient(pairs, others, logps):
     """Chosen and rejected are told apart by their place; a prefix they share cancels."""
     for a, b in zip(loss_and_gradients(pairs), loss_and_gradients(others, logps)):
@@ -138,20 +153,29 @@ def test_prompt_and_padding_get_exactly_no_gradient():
 @given(four_logps, betas)
 def test_logged_names_mean_what_the_field_means(arrays, beta):
     """A reward is beta log(pi / pi_ref), the margin is beta h; a tie is no success."""
+
     def log(*arrays):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dpo, "pair_logps", lambda logps, pairs: logps)
             c, r, *reference = map(Tensor, arrays)
-            return dict(zip(dpo.LOGGED, dpo.loss_and_log((c, r), reference, [], beta)[1],
-                            strict=True))
+            return dict(
+                zip(dpo.LOGGED, dpo.loss_and_log((c, r), reference, [], beta)[1], strict=True)
+            )
+
     c, r, ref_c, ref_r = arrays
     chosen, rejected = beta * (c - ref_c), beta * (r - ref_r)
-    assert log(*arrays) == pytest.approx({
-        "loss": dpo.dpo_loss(*map(Tensor, arrays), beta).item(),
-        "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
-        "rewards/margins": beta * margin(*arrays).mean(),
-        "rewards/accuracies": sum(chosen > rejected) / c.size,
-        "logps/chosen": c.mean(), "logps/rejected": r.mean()}, abs=1e-9)
+    assert log(*arrays) == pytest.approx(
+        {
+            "loss": dpo.dpo_loss(*map(Tensor, arrays), beta).item(),
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": beta * margin(*arrays).mean(),
+            "rewards/accuracies": sum(chosen > rejected) / c.size,
+            "logps/chosen": c.mean(),
+            "logps/rejected": r.mean(),
+        },
+        abs=1e-9,
+    )
     assert log(c, c, ref_c, ref_c)["rewards/accuracies"] == 0
 
 
@@ -169,21 +193,28 @@ class Scripted:
 
 
 RIGHT, OTHER, WRONG, BROKEN, AGAIN = (
-    lambda t: f"1+1+{t - 2}", lambda t: f"1+{t - 1}", lambda t: f"1+1+{t - 1}", lambda t: "1++1=",
-    lambda t: f"2+1+{t - 3}")
+    lambda t: f"1+1+{t - 2}",
+    lambda t: f"1+{t - 1}",
+    lambda t: f"1+1+{t - 1}",
+    lambda t: "1++1=",
+    lambda t: f"2+1+{t - 3}",
+)
 
 
 def texts(pairs):
     return [(data.decode(chosen), data.decode(rejected)) for chosen, rejected in pairs]
 
 
-@pytest.mark.parametrize("prefer, paired", [(2, [(OTHER, RIGHT)]), (4, []),
-                                            (3, [(RIGHT, OTHER), (AGAIN, WRONG), (AGAIN, BROKEN)])])
+@pytest.mark.parametrize(
+    "prefer, paired",
+    [(2, [(OTHER, RIGHT)]), (4, []), (3, [(RIGHT, OTHER), (AGAIN, WRONG), (AGAIN, BROKEN)])],
+)
 def test_right_preferred_answers_are_paired_with_others_of_their_target(prefer, paired):
     model, rng = Scripted(RIGHT, OTHER, WRONG, BROKEN, AGAIN, AGAIN), np.random.default_rng(0)
     pairs = dpo.judged_pairs(model, [50, 60], 6, prefer, rng)
-    assert texts(pairs) == [(f"{t}={chosen(t)}", f"{t}={rejected(t)}")
-                            for t in (50, 60) for chosen, rejected in paired]
+    assert texts(pairs) == [
+        (f"{t}={chosen(t)}", f"{t}={rejected(t)}") for t in (50, 60) for chosen, rejected in paired
+    ]
     assert pairs.shape[1:] == (2, data.MAX_LEN) and model.asked == [50] * 6 + [60] * 6
     assert len(dpo.judged_pairs(Scripted(RIGHT), [50, 60], 5, 3, rng)) == 0
 
@@ -197,8 +228,9 @@ def test_the_first_targets_take_their_good_answers_from_lines_made_by_rule():
     assert {(j.target, j.outcome) for j in chosen} == {(60, "right, preferred")}
     assert len({tuple(j.terms) for j in chosen}) > 3 and RIGHT(60) not in dict(texts(by_rule))
     assert {rejected for _, rejected in texts(by_rule)} == {f"60={OTHER(60)}"}
-    assert texts(own) == [(f"{t}={RIGHT(t)}", f"{t}={OTHER(t)}") for t in (50, 40)
-                          for _ in range(20)]
+    assert texts(own) == [
+        (f"{t}={RIGHT(t)}", f"{t}={OTHER(t)}") for t in (50, 40) for _ in range(20)
+    ]
     hopeless = Scripted(OTHER, WRONG)
     assert not len(dpo.judged_pairs(hopeless, [60], 40, 3, np.random.default_rng(0), n_by_rule=1))
 
@@ -235,12 +267,16 @@ def test_pairs_made_by_rule_are_right_sums_that_differ_in_their_count(prefer, se
 def test_what_is_measured_on_held_out_targets():
     model = Scripted(RIGHT, OTHER, WRONG, BROKEN, OTHER)
     assert dpo.measure(model, None, [], 0.8, 3) == {
-        "shares": dict(zip(data.OUTCOMES, (0.2, 0.4, 0.2, 0.2)))}
+        "shares": dict(zip(data.OUTCOMES, (0.2, 0.4, 0.2, 0.2)))
+    }
     assert sorted(model.asked) == sorted(data.HELD_OUT * 20)
     first, second = (dpo.measure(MODEL, REFERENCE, PAIRS, 0.8, 3) for _ in range(2))
     log = zip(dpo.LOGGED, dpo.loss_and_log(MODEL, REFERENCE, PAIRS, 0.8)[1])
-    assert first == second == {**{f"eval_{name}": value for name, value in log},
-                               "shares": first["shares"]}  # what can change is the policy
+    assert (
+        first
+        == second
+        == {**{f"eval_{name}": value for name, value in log}, "shares": first["shares"]}
+    )  # what can change is the policy
 
 
 def train(pairs=PAIRS, rounds=3, world=World(), **options):

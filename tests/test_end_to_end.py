@@ -1,4 +1,5 @@
 """SFT and DPO at small scale: within seconds a tiny model learns the task and a preference."""
+
 import numpy as np
 
 import data
@@ -24,7 +25,9 @@ def test_sft_learns_the_task_and_dpo_to_prefer_two_terms(tmp_path):
     log = dpo.loss_and_log(policy, reference, next(dpo.rule_rounds(100, 2, rng)), 0.8)[1]
     log = dict(zip(dpo.LOGGED, log))
     assert log["loss"] < 0.6 and log["rewards/margins"] > 0.5 and log["rewards/accuracies"] > 0.7
-    before, after = (evaluation.metrics(evaluation.sample(m, data.HELD_OUT * 20, 1.0, rng), 2)
-                     for m in (reference, policy))
+    before, after = (
+        evaluation.metrics(evaluation.sample(m, data.HELD_OUT * 20, 1.0, rng), 2)
+        for m in (reference, policy)
+    )
     assert after["preferred"] > before["preferred"] + 0.25 and after["format"] > 0.9
     assert np.array_equal(weights(reference), weights(model))

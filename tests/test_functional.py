@@ -1,4 +1,5 @@
 """The fused ops: gradients, values against plainly written formulas, and what each op promises."""
+
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
@@ -21,8 +22,11 @@ def cases(seed, batch, length):
         "swiglu": (F.swiglu, rng.normal(size=(2 * width, n))),
         "log_sigmoid": (F.log_sigmoid, 3 * rng.normal(size=(width, n))),
         "token_log_probs": (lambda x: F.token_log_probs(x, ids), 3 * rng.normal(size=(vocab, n))),
-        "causal_attention": (lambda x: F.causal_attention(x, n_heads, batch),
-                             rng.normal(size=(6 * n_heads * half, n)))}
+        "causal_attention": (
+            lambda x: F.causal_attention(x, n_heads, batch),
+            rng.normal(size=(6 * n_heads * half, n)),
+        ),
+    }
 
 
 def outcome(fn, array, grad):
@@ -60,7 +64,7 @@ def test_embedding_rms_norm_and_swiglu_are_their_formulas(width, n, eps, size, s
     x, ids = size * normal(seed, 2 * width, n), np.random.default_rng(seed).integers(0, n, 5)
     assert np.array_equal(F.embedding(Tensor(x), ids).data, x[:, ids])
     normed = F.rms_norm(Tensor(x), *([eps] if eps != 1e-6 else []))
-    assert np.allclose(normed.data, x / np.sqrt((x ** 2).mean(axis=0) + eps), rtol=1e-12)
+    assert np.allclose(normed.data, x / np.sqrt((x**2).mean(axis=0) + eps), rtol=1e-12)
     assert gradcheck(lambda x: F.rms_norm(x, 0.1), x) < TOLERANCE
     gate, up = np.split(x, 2)
     assert np.allclose(F.swiglu(Tensor(x)).data, gate / (1 + np.exp(-gate)) * up, rtol=1e-10)
@@ -98,9 +102,18 @@ def test_token_log_probs_is_a_log_softmax_for_logits_of_any_size(n, vocab, size,
         assert (values <= 0).all() and (np.abs(grad) <= 1).all()
 
 
-@pytest.mark.parametrize("targets", [
-    [0, 1, 2, 3, -1, 0], [0, 1, 2, 3, 4, 0], 0, *(np.zeros(shape, int) for shape in [
-        (2, 3), (3, 2), (6, 1), (1, 6), 5, 7]), np.zeros(6), np.zeros(6, bool)], ids=repr)
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [0, 1, 2, 3, -1, 0],
+        [0, 1, 2, 3, 4, 0],
+        0,
+        *(np.zeros(shape, int) for shape in [(2, 3), (3, 2), (6, 1), (1, 6), 5, 7]),
+        np.zeros(6),
+        np.zeros(6, bool),
+    ],
+    ids=repr,
+)
 def test_targets_that_are_no_tokens(targets):
     """NumPy would count -1 from the end and broadcast (6, 1) to (6, 6)."""
     with pytest.raises(ValueError, match="targets must be 6 integers from 0 to 3"):
@@ -119,7 +132,7 @@ def textbook(qkv, n_heads, batch, base, grad):
     mask = np.triu(np.full((length, length), -np.inf), 1)  # (T queries, T keys)
     for h, b in np.ndindex(n_heads, batch):
         rows, columns = slice(h * d, (h + 1) * d), slice(b * length, (b + 1) * length)
-        q, k, v = (qkv[i * width:(i + 1) * width][rows, columns].transpose() for i in range(3))
+        q, k, v = (qkv[i * width : (i + 1) * width][rows, columns].transpose() for i in range(3))
         q, k = (x * cos + (x @ quarter_turn) * sin for x in (q, k))
         exp = (q @ k.transpose() / np.sqrt(d) + mask).exp()
         result = (exp / exp.sum(axis=1, keepdims=True) @ v).transpose()
@@ -149,7 +162,8 @@ def test_nothing_flows_against_time(length, draw, n_heads, d, seed):
     changed[:, at:], grad[:, at:] = 1e4 * normal(seed + 2, len(qkv), length - at), 0
     with np.errstate(all="raise", under="ignore"):
         (before, grad_qkv), (after, grad_changed) = (
-            outcome(lambda x: F.causal_attention(x, n_heads, 1), x, grad) for x in (qkv, changed))
+            outcome(lambda x: F.causal_attention(x, n_heads, 1), x, grad) for x in (qkv, changed)
+        )
     assert np.array_equal(before[:, :at], after[:, :at]) and np.isfinite(after).all()
     assert not np.array_equal(before[:, at:], after[:, at:])
     assert np.array_equal(grad_qkv, grad_changed)
@@ -179,8 +193,10 @@ def test_cached_attention_is_attention_position_by_position(batch, length, n_hea
     qkv[:, 0] *= 100
     keys, values = np.full((2, length + 1, n_heads, d, batch), np.nan)
     with np.errstate(over="raise", invalid="raise"), no_grad():
-        parts = [F.cached_attention(Tensor(qkv[..., t]), n_heads, keys, values, t, *options).data
-                 for t in range(length)]
+        parts = [
+            F.cached_attention(Tensor(qkv[..., t]), n_heads, keys, values, t, *options).data
+            for t in range(length)
+        ]
     whole = F.causal_attention(Tensor(qkv.reshape(len(qkv), -1)), n_heads, batch, base).data
     assert np.allclose(np.stack(parts, axis=-1).reshape(whole.shape), whole, rtol=1e-9, atol=1e-9)
     single = [x.astype(np.float32) for x in (qkv[..., 0], keys, values)]

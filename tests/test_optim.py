@@ -1,4 +1,5 @@
 """Adam against the papers' formulas, gradient clipping, and the learning-rate schedule."""
+
 import math
 
 import numpy as np
@@ -20,17 +21,27 @@ def adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay, alphas, beta3):
     for t, (g, alpha) in enumerate(zip(grads, alphas), start=1):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         s = beta3 * s + (1 - beta3) * g
-        m_hat, v_hat = m / (1 - beta1 ** t), v / (1 - beta2 ** t)
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         theta = theta - lr * ((m_hat + alpha * s) / (np.sqrt(v_hat) + eps) + decay * theta)
     return theta
 
 
-@given(dtypes, several_shapes, st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 0.5, 0.9]),
-       st.sampled_from([0.5, 0.99, 0.999]), st.sampled_from([1e-8, 0.1]), st.sampled_from([0, 0.1]),
-       st.lists(st.sampled_from([0.0, 1.0, 16.0]), min_size=1, max_size=6),
-       st.sampled_from([0.5, 0.995]), st.data(), seeds)
-def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, alphas, beta3, draw,
-                               seed):
+@given(
+    dtypes,
+    several_shapes,
+    st.sampled_from([1e-4, 1e-2, 1.0]),
+    st.sampled_from([0.0, 0.5, 0.9]),
+    st.sampled_from([0.5, 0.99, 0.999]),
+    st.sampled_from([1e-8, 0.1]),
+    st.sampled_from([0, 0.1]),
+    st.lists(st.sampled_from([0.0, 1.0, 16.0]), min_size=1, max_size=6),
+    st.sampled_from([0.5, 0.995]),
+    st.data(),
+    seeds,
+)
+def test_adam_is_its_algorithm(
+    dtype, shapes, lr, beta1, beta2, eps, decay, alphas, beta3, draw, seed
+):
     """No gradient counts as zero; weights decay in matrices alone; gradients are left alone."""
     parameters = [leaf(normal(seed + i, *shape, dtype=dtype)) for i, shape in enumerate(shapes)]
     before = [p.data.astype(np.float64) for p in parameters]
@@ -49,8 +60,9 @@ def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, alph
     for p, theta, grads in zip(parameters, before, zip(*history)):
         moments = optimizer.mean + optimizer.slow_mean + optimizer.square
         assert {x.dtype for x in moments} == {p.dtype} == {np.dtype(dtype)}
-        expected = adam_by_hand(theta, grads, lr, beta1, beta2, eps, decay if p.ndim > 1 else 0,
-                                alphas, beta3)
+        expected = adam_by_hand(
+            theta, grads, lr, beta1, beta2, eps, decay if p.ndim > 1 else 0, alphas, beta3
+        )
         assert np.allclose(p.data, expected, **dict.fromkeys(("rtol", "atol"), tolerance))
     optimizer.zero_grad()
     assert all(p.grad is None for p in parameters)
@@ -59,8 +71,17 @@ def test_adam_is_its_algorithm(dtype, shapes, lr, beta1, beta2, eps, decay, alph
     assert paper.weight_decay == paper.alpha == 0
 
 
-@pytest.mark.parametrize("parameters", [leaf([1.0, 2.0]), (leaf([1.0]) for _ in range(2)), None,
-                                        {"x": leaf([1.0])}, [np.ones(2)], [leaf([1.0]), None]])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        leaf([1.0, 2.0]),
+        (leaf([1.0]) for _ in range(2)),
+        None,
+        {"x": leaf([1.0])},
+        [np.ones(2)],
+        [leaf([1.0]), None],
+    ],
+)
 def test_parameters_are_a_list_of_tensors(parameters):
     """A Tensor is iterable, its slices would be trained; a generator is empty the second time."""
     with pytest.raises(TypeError, match="parameters must be a list of Tensors"):

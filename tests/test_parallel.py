@@ -1,4 +1,5 @@
 """One program in several processes: sums, gradients and weights to the bit; errors and deaths."""
+
 import itertools
 import multiprocessing
 import os
@@ -23,8 +24,10 @@ LINES = data.random_lines(100, np.random.default_rng(0))  # two shards
 # What processes run stands at the top of a module: where they start afresh, they import it.
 def reduce_arrays(world):
     """How many arrays have not been added up in rank order anywhere, and the number of ranks."""
+
     def contribution(rank, shape, dtype):
         return (10.0 ** (3 * rank) * normal([rank, *shape], *shape)).astype(dtype).T
+
     shapes = (), (1,), (2, 3), (parallel.CHUNK // 4 + 1,), (5, parallel.CHUNK // 8)
     cases = list(itertools.product(shapes, (np.float32, np.float64, np.int64)))
     totals, wrong = [world.all_reduce(contribution(world.rank, *case)) for case in cases], 0
@@ -107,10 +110,22 @@ def test_one_process_starts_nothing(monkeypatch):
     assert world.all_reduce([1.5, 2]).tolist() == [1.5, 2]
 
 
-@pytest.mark.parametrize("error", [KeyError("a zero"), UserError("no"), MemoryError("much"), None,
-                                   EOFError("empty"), BrokenPipeError(32, "closed")], ids=repr)
-@pytest.mark.parametrize("rank, world_size, wait", [(1, 2, True), (1, 2, False), (1, 3, True),
-                                                    (2, 3, True), (2, 3, False)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a zero"),
+        UserError("no"),
+        MemoryError("much"),
+        None,
+        EOFError("empty"),
+        BrokenPipeError(32, "closed"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "rank, world_size, wait",
+    [(1, 2, True), (1, 2, False), (1, 3, True), (2, 3, True), (2, 3, False)],
+)
 def test_an_error_in_any_process_or_its_death_ends_all(error, rank, world_size, wait):
     """At once, whether the others wait for it or are done."""
     start = time.monotonic()
@@ -123,10 +138,12 @@ def test_an_error_in_any_process_or_its_death_ends_all(error, rank, world_size, 
 
 def test_an_error_or_ctrl_c_in_rank_0_ends_all(monkeypatch):
     """While processes start, Ctrl-C waits until all are there, or one might be missed."""
+
     def interrupted(process):
         os.kill(os.getpid(), signal.SIGINT)
         start(process)
         started.append(process)
+
     with pytest.raises(KeyError, match="a zero"):
         launch(2, go_on, 0, KeyError("a zero"))
     started, start = [], multiprocessing.Process.start
@@ -149,12 +166,32 @@ if __name__ == "__main__":
     test_parallel.np.seterr(under="raise")
     print(test_parallel.launch(2, *eval(sys.argv[2], vars(test_parallel))))
 """)
-    return subprocess.Popen([sys.executable, folder / "script.py", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, folder / "script.py", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-@pytest.mark.parametrize("method, missing", [("spawn", []), ("forkserver", []), ("spawn", [
-    "os.fork", "os.killpg", "os.setsid", "os.getuid", "signal.pthread_sigmask", "signal.alarm"])])
+@pytest.mark.parametrize(
+    "method, missing",
+    [
+        ("spawn", []),
+        ("forkserver", []),
+        (
+            "spawn",
+            [
+                "os.fork",
+                "os.killpg",
+                "os.setsid",
+                "os.getuid",
+                "signal.pthread_sigmask",
+                "signal.alarm",
+            ],
+        ),
+    ],
+)
 def test_processes_that_inherit_nothing(tmp_path, method, missing):
     """As on macOS, from Python 3.14 on, and on Windows; the NumPy error settings go along."""
     script = run_script(tmp_path, method, "trained, 5", *missing)

@@ -1,4 +1,5 @@
 """The pictures show the numbers they are given, and nothing hides them."""
+
 import contextlib
 import math
 
@@ -10,9 +11,18 @@ from matplotlib.text import Text
 import data
 import plots
 
-ROWS = [{"checkpoint": "$5_vs_$10.npz", "mode": mode, "targets": "held-out", "n": 200,
-         "exact": 0.5, "preferred": 0.25, "counts": {"2": 20, "3": 50, "4": 100, "5": 30}}
-        for mode in ("greedy", "sampled", "sampled")]
+ROWS = [
+    {
+        "checkpoint": "$5_vs_$10.npz",
+        "mode": mode,
+        "targets": "held-out",
+        "n": 200,
+        "exact": 0.5,
+        "preferred": 0.25,
+        "counts": {"2": 20, "3": 50, "4": 100, "5": 30},
+    }
+    for mode in ("greedy", "sampled", "sampled")
+]
 NAMES = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
 SHARES = {"shares": dict(zip(data.OUTCOMES, (0.4, 0.3, 0.2, 0.1)))}
 
@@ -26,9 +36,13 @@ def log(prefix, i):
 START, EMPTY = {"round": 0, "pairs": 0} | SHARES | log("eval_", 0), {"round": 2, "pairs": 0}
 STEPS = [{"round": i, "pairs": 9 - i} | SHARES | log("", i) | log("eval_", -i) for i in (1, 3, 4)]
 HISTORY = [START, STEPS[0], EMPTY, *STEPS[1:]]
-CREDIT = [{"line": line, "policy_logp": -1.0, "reference_logp": -2.0, "reward": reward,
-           "tokens": tokens} for line, reward, tokens in (
-               ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]), ("10=9", 1.0, [("9", 1.0)]))]
+CREDIT = [
+    {"line": line, "policy_logp": -1.0, "reference_logp": -2.0, "reward": reward, "tokens": tokens}
+    for line, reward, tokens in (
+        ("10=4+6", -1.5, [("4", 0.5), ("+", -2.0)]),
+        ("10=9", 1.0, [("9", 1.0)]),
+    )
+]
 
 
 def draw(name, numbers):
@@ -42,9 +56,16 @@ def draw(name, numbers):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name, numbers", [
-    ("distribution", ROWS), ("credit", CREDIT), ("credit", CREDIT[:1]),
-    ("dpo_training", HISTORY), ("dpo_training", [START, EMPTY])])
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("distribution", ROWS),
+        ("credit", CREDIT),
+        ("credit", CREDIT[:1]),
+        ("dpo_training", HISTORY),
+        ("dpo_training", [START, EMPTY]),
+    ],
+)
 def test_no_picture_has_text_of_a_file_name_or_a_legend_over_data(tmp_path, name, numbers):
     figure = draw(name, numbers)[0].figure
     getattr(plots, name)(numbers, tmp_path / "picture.png")
@@ -64,17 +85,20 @@ def test_the_distribution_in_percent():
 
 def drawn(ax, held_out=False):
     """The pale curves of training pairs, or the dashed ones of held-out pairs: lists of (x, y)."""
-    return [list(zip(*map(list, line.get_data()))) for line in ax.lines
-            if (line.get_linestyle() == "--" if held_out else line.get_alpha() == 0.2)]
+    return [
+        list(zip(*map(list, line.get_data())))
+        for line in ax.lines
+        if (line.get_linestyle() == "--" if held_out else line.get_alpha() == 0.2)
+    ]
 
 
 def test_the_training_curves_leave_out_rounds_without_pairs_and_accuracies_of_ties():
     *curves, outcomes, pairs = draw("dpo_training", HISTORY)
     for i, name in enumerate(NAMES):
-        ax, k, rows = curves[min(i, 3)], i == 4, STEPS[i == 1:]
+        ax, k, rows = curves[min(i, 3)], i == 4, STEPS[i == 1 :]
         assert drawn(ax)[k] == [(row["round"], row[name]) for row in rows]
         held_out = [(row["round"], row["eval_" + name]) for row in rows]
-        assert drawn(ax, True)[k][-len(rows):] == held_out
+        assert drawn(ax, True)[k][-len(rows) :] == held_out
     assert 0 not in [y for _, y in drawn(curves[1], True)[0]]
     assert math.log(2) in [line.get_ydata()[0] for line in curves[0].lines]
     tops = [area.get_paths()[0].vertices[:, 1].max() for area in outcomes.collections]

@@ -1,4 +1,5 @@
 """What the pages say is true: examples, commands, exercises, line counts, links."""
+
 import ast
 import doctest
 import os
@@ -12,8 +13,9 @@ import pytest
 from helpers import ROOT
 
 README, LABORATORY = ((ROOT / page).read_text() for page in ("README.md", "LABORATORY.md"))
-PAGES = [path for path in ROOT.rglob("*.md")
-         if not {".venv", ".pytest_cache", "runs"} & set(path.parts)]
+PAGES = [
+    path for path in ROOT.rglob("*.md") if not {".venv", ".pytest_cache", "runs"} & set(path.parts)
+]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
 
 
@@ -39,9 +41,13 @@ def test_commands_name_files_and_links_lead_somewhere(page):
 
 
 # What makes a command short: few steps, but enough for answers to make pairs; all else as written.
-SHORT = {"sft.py": "--steps 3000", "dpo.py": "--rounds 3 --prompts 24 --answers 8",
-         "benchmarks/train_step.py": "--sizes default --rounds 1 --steps 2",
-         "benchmarks/sample.py": "--prompts 8 --rounds 1", "benchmarks/experiments.py": "--help"}
+SHORT = {
+    "sft.py": "--steps 3000",
+    "dpo.py": "--rounds 3 --prompts 24 --answers 8",
+    "benchmarks/train_step.py": "--sizes default --rounds 1 --steps 2",
+    "benchmarks/sample.py": "--prompts 8 --rounds 1",
+    "benchmarks/experiments.py": "--help",
+}
 
 
 def exercises():
@@ -72,6 +78,7 @@ def test_every_exercise_has_an_answer_that_fits_the_source():
 def experiments(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import experiments
+
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
     return experiments
 
@@ -90,8 +97,13 @@ def test_the_laboratory_shows_the_changes_and_the_runs_that_it_makes(experiments
 def test_the_laboratory_runs(experiments, monkeypatch, tmp_path, capsys):
     experiments.run("sft", "sft0", "--steps", "3000")
     start = experiments.run
-    monkeypatch.setattr(experiments, "run", lambda program, name, *flags, change=None: start(
-        program, name, *flags, *SHORT["dpo.py"].split(), change=change))
+    monkeypatch.setattr(
+        experiments,
+        "run",
+        lambda program, name, *flags, change=None: start(
+            program, name, *flags, *SHORT["dpo.py"].split(), change=change
+        ),
+    )
     experiments.laboratory(1)
     rows = re.findall(r"^\| `.*\|$", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == sum(len(runs) for _, runs in experiments.LABORATORY.values())
@@ -105,8 +117,11 @@ def test_every_command_and_exercise_runs(experiments, tmp_path):
     for program, flags in dict.fromkeys(commands(README) + commands(LABORATORY)):
         if not program.startswith("benchmarks"):
             run(tmp_path, f"python {program} {flags}")
-    for program in ("benchmarks/train_step.py", "benchmarks/sample.py",
-                    "benchmarks/experiments.py"):
+    for program in (
+        "benchmarks/train_step.py",
+        "benchmarks/sample.py",
+        "benchmarks/experiments.py",
+    ):
         run(ROOT, f"python {program}")
     for old, new, command in exercises():
         before = {path: path.read_text() for path in tmp_path.glob("*.py")}
@@ -118,12 +133,21 @@ def test_every_command_and_exercise_runs(experiments, tmp_path):
 
 
 def test_line_counts():
-    told = {name: int(number.replace(",", "")) for name, number in
-            re.findall(r"^\| \[?([\w/.]+)\]?(?:\([\w/.]+\))? \| ([\d,]+) \|", README, re.MULTILINE)}
-    counts = {str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-              for path in SOURCES if path.parent == ROOT or path.parent.name == "tinygrad_lite"}
-    assert told == {**{name: n for name, n in counts.items() if "__init__" not in name},
-                    "all": sum(counts.values())}
+    told = {
+        name: int(number.replace(",", ""))
+        for name, number in re.findall(
+            r"^\| \[?([\w/.]+)\]?(?:\([\w/.]+\))? \| ([\d,]+) \|", README, re.MULTILINE
+        )
+    }
+    counts = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in SOURCES
+        if path.parent == ROOT or path.parent.name == "tinygrad_lite"
+    }
+    assert told == {
+        **{name: n for name, n in counts.items() if "__init__" not in name},
+        "all": sum(counts.values()),
+    }
 
 
 def test_no_line_is_over_100_columns_and_no_function_over_45_lines():

@@ -1,4 +1,5 @@
 """The SFT objective: which tokens count, how shards add up, how far from the rule; training."""
+
 import itertools
 import math
 
@@ -9,7 +10,16 @@ from hypothesis import given, strategies as st
 import data
 import sft
 from helpers import (
-    answer, leaf, log_softmax, model_of_the_task, normal, random_batch, read, seeds, weights)
+    answer,
+    leaf,
+    log_softmax,
+    model_of_the_task,
+    normal,
+    random_batch,
+    read,
+    seeds,
+    weights,
+)
 from tinygrad_lite import Tensor, World, launch
 
 VOCAB = len(data.VOCAB)
@@ -69,9 +79,19 @@ def rule_model(targets):
                 mass[prefix] = mass.get(prefix, 0) + 1 / 4 / math.comb(target - 1, count - 1)
 
     def model(ids):
-        before = [tuple(row[:t + 1]) for row in ids.tolist() for t in range(len(row))]
-        return Tensor(np.log([[max(mass.get((*prefix, token), 0) / mass.get(prefix, 1), 1e-99)
-                               for prefix in before] for token in range(VOCAB)]))
+        before = [tuple(row[: t + 1]) for row in ids.tolist() for t in range(len(row))]
+        return Tensor(
+            np.log(
+                [
+                    [
+                        max(mass.get((*prefix, token), 0) / mass.get(prefix, 1), 1e-99)
+                        for prefix in before
+                    ]
+                    for token in range(VOCAB)
+                ]
+            )
+        )
+
     return model
 
 
@@ -79,8 +99,13 @@ def test_a_model_that_is_the_rule_has_no_excess_and_a_guesser_has_its_divergence
     targets, rng = [5, 7, 12], np.random.default_rng
     assert abs(sft.excess_nats(rule_model(targets), targets, rng(0), 200)) < 1e-9
     lines = [read(row) for row in data.random_lines(70, rng(1), targets)]
-    expected = np.mean([len(answer("", terms)[1:]) * math.log(VOCAB)
-                        - math.log(4 * math.comb(n - 1, len(terms) - 1)) for n, terms in lines])
+    expected = np.mean(
+        [
+            len(answer("", terms)[1:]) * math.log(VOCAB)
+            - math.log(4 * math.comb(n - 1, len(terms) - 1))
+            for n, terms in lines
+        ]
+    )
     guesser = lambda ids: leaf(np.zeros((VOCAB, ids.size)))  # noqa: E731
     assert sft.excess_nats(guesser, targets, rng(1), 70) == pytest.approx(expected)
 
@@ -105,8 +130,9 @@ def test_one_seed_gives_the_same_weights_another_others_and_two_processes_like_o
 
 def test_the_rate_rises_and_falls_to_nothing_while_the_slow_mean_counts_ever_more(monkeypatch):
     seen, step = [], sft.Adam.step
-    monkeypatch.setattr(sft.Adam, "step", lambda self: (
-        seen.append((self.lr, self.alpha)), step(self)))
+    monkeypatch.setattr(
+        sft.Adam, "step", lambda self: (seen.append((self.lr, self.alpha)), step(self))
+    )
     losses = list(sft.train(model_of_the_task(), [random_batch(0, 2)] * 30, 20, 0.6))
     rates, alphas = np.transpose(seen)
     assert np.allclose(rates[:3], [0.2, 0.4, 0.6]) and len(rates) == len(losses) == 20

@@ -1,4 +1,5 @@
 """The tape: every op's gradient against finite differences, and what `backward` promises."""
+
 import operator
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,48 @@ from tinygrad_lite import Tensor, gradcheck, no_grad
 ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 # All that a Tensor can do: what any x takes, and (OPS) what takes a matrix.
 ELEMENTWISE = [
-    "x + 1", "1 - x", "x * np.float64(3)", "np.float64(3) * x", "np.int64(2) / x", "2 / x",
-    "x / 3", "x / x", "x * x - x", "-x", "x * np.array([1, 2])", "np.array([1.0, 2]) - x",
-    "x / np.array([[1.5], [3]])", "np.array([1.5, 3]) / x", "x * [True, False]", "x ** 3", "x ** 0",
-    "x ** -0.5", "(-x) ** -3", "(-x) ** 2", "x ** np.int64(2)", "x ** np.float64(2)", "exp(x)",
-    "log(x)", "x + exp(x) + log(x)", "x.sum()", "x.mean()", "x.reshape(1, -1)", "x.transpose()",
-    *(f"(x * [[0, 1], [1, 1]]) ** {n}" for n in (0, 1, 2))]  # where 0 / 0 may lurk
-OPS = [*ELEMENTWISE, "x @ x", "x @ np.array([[1, 2], [3, 4]])", "np.array([[1.0, 2], [3, 4]]) @ x",
-       "x @ [1, 2]", "x.sum(axis=0)", "x.mean(axis=1, keepdims=True)", "x[0, 1]", "x[[0, 0, 1]]"]
+    "x + 1",
+    "1 - x",
+    "x * np.float64(3)",
+    "np.float64(3) * x",
+    "np.int64(2) / x",
+    "2 / x",
+    "x / 3",
+    "x / x",
+    "x * x - x",
+    "-x",
+    "x * np.array([1, 2])",
+    "np.array([1.0, 2]) - x",
+    "x / np.array([[1.5], [3]])",
+    "np.array([1.5, 3]) / x",
+    "x * [True, False]",
+    "x ** 3",
+    "x ** 0",
+    "x ** -0.5",
+    "(-x) ** -3",
+    "(-x) ** 2",
+    "x ** np.int64(2)",
+    "x ** np.float64(2)",
+    "exp(x)",
+    "log(x)",
+    "x + exp(x) + log(x)",
+    "x.sum()",
+    "x.mean()",
+    "x.reshape(1, -1)",
+    "x.transpose()",
+    *(f"(x * [[0, 1], [1, 1]]) ** {n}" for n in (0, 1, 2)),
+]  # where 0 / 0 may lurk
+OPS = [
+    *ELEMENTWISE,
+    "x @ x",
+    "x @ np.array([[1, 2], [3, 4]])",
+    "np.array([[1.0, 2], [3, 4]]) @ x",
+    "x @ [1, 2]",
+    "x.sum(axis=0)",
+    "x.mean(axis=1, keepdims=True)",
+    "x[0, 1]",
+    "x[[0, 0, 1]]",
+]
 
 
 def call(op, x):
@@ -48,6 +83,7 @@ def watch(tensors):
 def test_gradcheck_sees_wrong_gradients_and_nothing_else():
     def scaled(x, slope, claimed):
         return Tensor(slope * x.data, parents=(x,), backward=lambda grad: (grad * claimed,))
+
     x, almost = positive(0, 50), np.full(50, 2.0)
     almost[-1] += 1e-4
     assert gradcheck(lambda x: scaled(x, 2.0, 2.0), x) < TOLERANCE
@@ -57,12 +93,13 @@ def test_gradcheck_sees_wrong_gradients_and_nothing_else():
     assert gradcheck(lambda x, unused: x * x, x, x) < TOLERANCE
     assert gradcheck(lambda x, cut: x * cut.detach(), x, x) > 0.5  # a gradient is missing
     for dtype in (int, np.float32):  # in which a step of 1e-6 would drown
-        assert gradcheck(lambda x: x ** 3, np.arange(1, 4, dtype=dtype)) < TOLERANCE
+        assert gradcheck(lambda x: x**3, np.arange(1, 4, dtype=dtype)) < TOLERANCE
     weight = abs(np.random.default_rng(0).standard_normal(()))  # of the one element
     for found, true in [(1000.0, 1.0), (1.0, 1000.0), (0.1, 0.3), (-2.0, 3.0)]:
         a, b = weight * found, weight * true
         assert gradcheck(lambda x: scaled(x, true, found), np.array(0.5)) == pytest.approx(
-            abs(a - b) / max(1, abs(a), abs(b)), rel=1e-6)
+            abs(a - b) / max(1, abs(a), abs(b)), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -98,8 +135,13 @@ def test_arithmetic_broadcasts_on_either_side(op, broadcast, seed):
     check(lambda x: op(a, x), b)
 
 
-@given(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=2, max_side=2),
-       st.tuples(*[st.integers(1, 3)] * 3), st.booleans(), st.booleans(), seeds)
+@given(
+    hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=2, max_side=2),
+    st.tuples(*[st.integers(1, 3)] * 3),
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
 def test_matmul_of_matrices_stacks_of_them_and_vectors(batch, sizes, row, column, seed):
     n, k, m = sizes
     a = normal(seed, *(() if row else (*batch.input_shapes[0], n)), k)
@@ -114,23 +156,41 @@ def test_sums_shapes_and_indices(draw, shape, keepdims, seed):
     axis = draw.draw(hnp.valid_tuple_axes(n) | st.none() | st.integers(-n, n - 1), label="axis")
     new = tuple(draw.draw(st.permutations(shape), label="new shape"))
     axes = [axis - n * draw.draw(st.booleans()) for axis in draw.draw(st.permutations(range(n)))]
-    index = draw.draw(hnp.basic_indices(shape, allow_newaxis=True)
-                      | hnp.integer_array_indices(shape) | hnp.arrays(bool, shape), label="index")
-    for op in (lambda x: x.sum(axis=axis, keepdims=keepdims), lambda x: x.reshape(new),
-               lambda x: x.mean(axis=axis, keepdims=keepdims), lambda x: x.reshape(-1),
-               lambda x: x.reshape(*new, 1), lambda x: x.transpose(),
-               lambda x: x.transpose(*axes), lambda x: x[index]):
+    index = draw.draw(
+        hnp.basic_indices(shape, allow_newaxis=True)
+        | hnp.integer_array_indices(shape)
+        | hnp.arrays(bool, shape),
+        label="index",
+    )
+    for op in (
+        lambda x: x.sum(axis=axis, keepdims=keepdims),
+        lambda x: x.reshape(new),
+        lambda x: x.mean(axis=axis, keepdims=keepdims),
+        lambda x: x.reshape(-1),
+        lambda x: x.reshape(*new, 1),
+        lambda x: x.transpose(),
+        lambda x: x.transpose(*axes),
+        lambda x: x[index],
+    ):
         check(op, x)
 
 
-@given(st.lists(st.tuples(st.sampled_from("+-*"), st.integers(0, 9), st.integers(0, 9)),
-                min_size=1, max_size=7), seeds)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("+-*"), st.integers(0, 9), st.integers(0, 9)),
+        min_size=1,
+        max_size=7,
+    ),
+    seeds,
+)
 def test_any_graph(steps, seed):
     """Each step joins two earlier results, so graphs share nodes in every possible way."""
+
     def graph(*nodes):
         for op, i, j in steps:
             nodes += (ARITHMETIC[op](nodes[i % len(nodes)], nodes[j % len(nodes)]),)
         return nodes[-1]
+
     check(graph, normal(seed, 2) / 4, normal(seed + 1, 2) / 4)
 
 
@@ -186,8 +246,10 @@ def test_only_leaves_get_a_gradient_and_share_no_memory():
 
 def test_a_backward_that_fails_changes_nothing():
     """NumPy would broadcast or upcast a wrong gradient, and a whole model become float64."""
+
     def careless(grad):
         return (wrong,)
+
     x = leaf([1.0, 2.0])
     shared = x * x
     first, second = shared.sum(), (shared + x).sum()
@@ -198,8 +260,14 @@ def test_a_backward_that_fails_changes_nothing():
     for grad in (None, 1.0, *map(np.ones, [1, 3, (2, 1), (1, 2)])):
         with pytest.raises(ValueError, match="shape"):
             (x * 2).backward(grad)
-    for wrong in (None, 1.0, np.float32(1), np.ones(2), np.ones(2, int), *(
-            np.ones(shape, np.float32) for shape in [(1, 2), (2, 1), 1, 3])):
+    for wrong in (
+        None,
+        1.0,
+        np.float32(1),
+        np.ones(2),
+        np.ones(2, int),
+        *(np.ones(shape, np.float32) for shape in [(1, 2), (2, 1), 1, 3]),
+    ):
         with pytest.raises(RuntimeError, match=r"careless returned .*float32 .*\(2,\)"):
             Tensor(x.data, parents=(x,), backward=careless).sum().backward()
     with pytest.raises(ValueError):  # one gradient for each parent
@@ -207,17 +275,47 @@ def test_a_backward_that_fails_changes_nothing():
     assert np.array_equal(x.grad, [2, 4])
 
 
-@pytest.mark.parametrize("mistake", [
-    "Tensor('3.5')", "Tensor(['3.5'])", "Tensor(None)", "Tensor(1j)", "Tensor(np.ones(2, complex))",
-    "Tensor(b'3')", "Tensor([object()])", "Tensor(10 ** 30)", "Tensor(x)", "x * None", "None + x",
-    "x - 'text'", "1j * x", "x / [None]", "x @ ['1', '2']", "x ** x", "x ** None", "x ** '2'",
-    "x ** 2j", "x ** np.array([2.0])", *(f"{a} {op} {b}" for op in "+-*/@" for a, b in [
-        ("x", "Tensor(np.eye(2))"), ("Tensor(np.eye(2))", "x")]), "x.transpose(0, 2)",
-    "x.transpose(0, -3)", "x.transpose(0, 0)", "x.transpose(0)", "x.transpose(0, 1, 2)"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "Tensor('3.5')",
+        "Tensor(['3.5'])",
+        "Tensor(None)",
+        "Tensor(1j)",
+        "Tensor(np.ones(2, complex))",
+        "Tensor(b'3')",
+        "Tensor([object()])",
+        "Tensor(10 ** 30)",
+        "Tensor(x)",
+        "x * None",
+        "None + x",
+        "x - 'text'",
+        "1j * x",
+        "x / [None]",
+        "x @ ['1', '2']",
+        "x ** x",
+        "x ** None",
+        "x ** '2'",
+        "x ** 2j",
+        "x ** np.array([2.0])",
+        *(
+            f"{a} {op} {b}"
+            for op in "+-*/@"
+            for a, b in [("x", "Tensor(np.eye(2))"), ("Tensor(np.eye(2))", "x")]
+        ),
+        "x.transpose(0, 2)",
+        "x.transpose(0, -3)",
+        "x.transpose(0, 0)",
+        "x.transpose(0)",
+        "x.transpose(0, 1, 2)",
+    ],
+)
 def test_what_is_no_real_number_of_another_precision_or_no_order_of_axes(mistake):
     """float32 and float64 tensors do not mix: silently, that would make a whole model float64."""
-    with pytest.raises(ValueError if "transpose" in mistake else TypeError,
-                       match="real numbers|must be a number|convert one first|ax[ie]s"):
+    with pytest.raises(
+        ValueError if "transpose" in mistake else TypeError,
+        match="real numbers|must be a number|convert one first|ax[ie]s",
+    ):
         call(mistake, leaf(np.eye(2, dtype=np.float32)))
 
 
@@ -237,8 +335,21 @@ def test_no_grad_records_nothing_nests_and_concerns_its_own_thread_alone():
         thread.submit(entered.__exit__, None, None, None).result()
 
 
-@pytest.mark.parametrize("data", [1, 1.5, True, [1, 2], [[1.5], [2]], np.arange(3), np.int64(3),
-                                  np.array([True]), np.float16(0.5), np.array([1.5], ">f4")])
+@pytest.mark.parametrize(
+    "data",
+    [
+        1,
+        1.5,
+        True,
+        [1, 2],
+        [[1.5], [2]],
+        np.arange(3),
+        np.int64(3),
+        np.array([True]),
+        np.float16(0.5),
+        np.array([1.5], ">f4"),
+    ],
+)
 def test_a_tensor_tells_what_its_array_tells(data):
     """float32 and float64 arrays are kept as they are, all else becomes float32."""
     x = Tensor(data)

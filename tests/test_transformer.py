@@ -1,4 +1,5 @@
 """The model as a whole: gradients, sampling, and checkpoints good and bad."""
+
 import dataclasses
 import io
 import json
@@ -27,15 +28,18 @@ def same(a, b):
     """Equal to the bit, dtypes and order included."""
     return a.config == b.config and all(
         x == y and p.requires_grad and p.dtype == q.dtype and np.array_equal(p.data, q.data)
-        for (x, p), (y, q) in zip(*(m.named_parameters().items() for m in (a, b)), strict=True))
+        for (x, p), (y, q) in zip(*(m.named_parameters().items() for m in (a, b)), strict=True)
+    )
 
 
 @given(seeds)
 @settings(max_examples=5)
 def test_the_gradient_of_every_parameter(seed):
     """Finite differences in float64 at three elements of each parameter of a two-layer model."""
+
     def loss():
         return -F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel()).mean()
+
     model, rng, step = tiny_model(seed, np.float64), np.random.default_rng(seed), 1e-5
     ids = rng.integers(0, VOCAB, (2, 5))
     read_only_gradients(loss()).backward()
@@ -52,8 +56,12 @@ def test_a_training_step_is_float32_throughout():
     model = tiny_model(vocab_size=len(data.VOCAB))
     loss = sft.sft_loss(model, data.random_lines(3, np.random.default_rng(0)))
     nodes = tape(loss)
-    kept = [cell.cell_contents for node in nodes if node.backward_fn
-            for cell in node.backward_fn.__closure__]
+    kept = [
+        cell.cell_contents
+        for node in nodes
+        if node.backward_fn
+        for cell in node.backward_fn.__closure__
+    ]
     kept = [x for x in kept if isinstance(x, np.ndarray) and x.dtype.kind == "f"]
     loss.backward()
     kept += [*nodes, *(p.grad for p in model.parameters())]
@@ -63,8 +71,10 @@ def test_a_training_step_is_float32_throughout():
 @given(sizes, sizes, st.integers(1, 3), seeds)
 def test_the_model_is_its_formula(batch, length, n_layers, seed):
     """x += attention(norm(x)); x += mlp(norm(x)), on plain arrays; scales that are not 1."""
+
     def norm(x, scale):
-        return x / np.sqrt((x ** 2).mean(axis=0) + 1e-6) * scale[:, None]
+        return x / np.sqrt((x**2).mean(axis=0) + 1e-6) * scale[:, None]
+
     model, rng = tiny_model(seed, np.float64, n_layers=n_layers), np.random.default_rng(seed)
     p = {name: parameter.data for name, parameter in model.named_parameters().items()}
     ids = rng.integers(0, VOCAB, (batch, length))
@@ -83,12 +93,20 @@ def test_the_model_is_its_formula(batch, length, n_layers, seed):
 def test_parameters_are_in_order_start_as_they_should_and_come_from_the_seed():
     """Variance 1 / inputs, smaller where 2 n_layers results add up in the residual stream."""
     v, d, f, n = 50, 32, 64, 4
-    block = {"attention_norm": ((d,), 0), "qkv": ((3 * d, d), d ** -0.5),
-             "attention_out": ((d, d), (2 * n * d) ** -0.5), "mlp_norm": ((d,), 0),
-             "gate_up": ((2 * f, d), d ** -0.5), "down": ((d, f), (2 * n * f) ** -0.5)}
-    expected = {"embedding": ((d, v), 1),
-                **{f"blocks.{i}.{name}": facts for i in range(n) for name, facts in block.items()},
-                "norm": ((d,), 0), "head": ((v, d), d ** -0.5)}
+    block = {
+        "attention_norm": ((d,), 0),
+        "qkv": ((3 * d, d), d**-0.5),
+        "attention_out": ((d, d), (2 * n * d) ** -0.5),
+        "mlp_norm": ((d,), 0),
+        "gate_up": ((2 * f, d), d**-0.5),
+        "down": ((d, f), (2 * n * f) ** -0.5),
+    }
+    expected = {
+        "embedding": ((d, v), 1),
+        **{f"blocks.{i}.{name}": facts for i in range(n) for name, facts in block.items()},
+        "norm": ((d,), 0),
+        "head": ((v, d), d**-0.5),
+    }
     model, again, other = (Transformer(Config(v, d, n, 4, f), *seed) for seed in ([], [0], [1]))
     assert list(model.named_parameters().items()) == list(zip(expected, model.parameters()))
     for p, q, (shape, std) in zip(model.parameters(), other.parameters(), expected.values()):
@@ -123,8 +141,9 @@ def test_generation_is_decoding_without_the_cache(prompts, count, end, seed):
         expected.append(answer)
     assert model.generate(prompts, count, end=end) == expected
     assert model.generate(prompts[::-1], count, end=end) == expected[::-1]
-    answers, again = (model.generate(prompts, count, 1.0, np.random.default_rng(seed), end)
-                      for _ in range(2))
+    answers, again = (
+        model.generate(prompts, count, 1.0, np.random.default_rng(seed), end) for _ in range(2)
+    )
     assert answers == again and len(answers) == len(prompts)
     for answer in answers:
         assert end not in answer[:-1] and (len(answer) == count or answer[-1] == end)
@@ -138,7 +157,7 @@ def test_tokens_are_sampled_as_often_as_the_softmax_says(temperature):
     """p(a, b | prompt) = p(a | prompt) p(b | prompt, a): 49 pairs, 48 degrees of freedom."""
     model, n, prompt = tiny_model(), 20_000, [1, 2]
     answers = np.array(model.generate([prompt] * n, 2, temperature, np.random.default_rng(0)))
-    counts = np.bincount(VOCAB * answers[:, 0] + answers[:, 1], minlength=VOCAB ** 2)
+    counts = np.bincount(VOCAB * answers[:, 0] + answers[:, 1], minlength=VOCAB**2)
     logits = model([[*prompt, a] for a in range(VOCAB)]).data.reshape(VOCAB, VOCAB, 3) / temperature
     first, second = np.exp(log_softmax(logits[:, 0, 1])), np.exp(log_softmax(logits[:, :, 2])).T
     expected = (n * first[:, None] * second).ravel()
@@ -149,8 +168,19 @@ def test_what_cannot_be_read_or_generated():
     """A negative id would quietly take a column from the end of the embedding. In float32 a logit
     over 1e-40 is infinite and 1e-300 is 0; neither may turn into NaN."""
     model, rng, prompts = tiny_model(), np.random.default_rng(0), [[1, 2], [3], [6, 5, 4]]
-    for ids in ([0, 1], 3, [[[0]]], [[0.0, 1.0]], [[True]], [["0"]], [[]], [], [[VOCAB]], [[-1]],
-                [[0, 1, 10 ** 12]]):
+    for ids in (
+        [0, 1],
+        3,
+        [[[0]]],
+        [[0.0, 1.0]],
+        [[True]],
+        [["0"]],
+        [[]],
+        [],
+        [[VOCAB]],
+        [[-1]],
+        [[0, 1, 10**12]],
+    ):
         with pytest.raises(ValueError, match=f"ids must be integers .* in 0 ... {VOCAB - 1}"):
             model(np.array(ids))
     for temperature in (1e-9, 1e-40, 1e-300):
@@ -189,6 +219,7 @@ CONFIG, ONES = dataclasses.asdict(MODEL.config), np.ones(24, np.float32)
 
 class Trap:
     """What a pickle may do on loading: anything."""
+
     sprung = False
 
     def __reduce__(self):
@@ -223,7 +254,10 @@ def test_damaged_files_are_refused_unless_it_does_not_matter(tmp_path, n):
         if kind == 0:
             del content[b:]
         elif kind == 1:
-            content[a:a + b % 200], content[b:b + 40] = content[b:b + 40], content[a:a + b % 200]
+            content[a : a + b % 200], content[b : b + 40] = (
+                content[b : b + 40],
+                content[a : a + b % 200],
+            )
         else:
             place = [a, content.find(b"NUMPY", a) + rng.integers(-60, 120), -1 - a % 999][kind % 3]
             content = flip(content, int(8 * (place % len(content)) + rng.integers(8)))
@@ -236,25 +270,86 @@ def test_damaged_files_are_refused_unless_it_does_not_matter(tmp_path, n):
     assert 0.5 * n < refused < n
 
 
-@pytest.mark.parametrize("content", [
-    *(checkpoint(norm=norm) for norm in (
-        None, ONES[1:], ONES[:, None], 1.0, np.ones(24, int), np.ones(24, complex), ["1"] * 24,
-        ONES * np.nan, np.r_[ONES[1:], -np.inf], np.full(24, 1e300), b"something else", b"",
-        npy(ONES, (10 ** 9,)), npy(ONES[1:], (24,)), WEIGHTS["head"], [Trap()])),
-    checkpoint(extra=ONES), checkpoint(extra=[Trap()]), checkpoint(norm=None, gain=ONES),
-    checkpoint(**{"blocks.1.qkv": np.ones((72, 24), np.float32)}),
-    checkpoint(json.dumps({name: CONFIG[name] for name in CONFIG if name != "n_heads"})),
-    *map(checkpoint, (None, b"{}", "", "{", "null", "[]", "3", '"text"', "[" * 100_000, np.ones(1),
-                      ["{}", "{}"], b"\xff", npy(["{}"], (10 ** 9,)), Trap(),
-                      npy("{}").replace(b"U2'", b"U9000000'").replace(b" " * 7 + b"\n", b" \n"))),
-    *(checkpoint(json.dumps({**CONFIG, name: value})) for name, value in (
-        ("d_model", 48), ("n_layers", 2), ("n_layers", 0), ("n_layers", 10 ** 12), ("d_model", -24),
-        ("d_model", 24.0), ("d_model", "24"), ("n_heads", 5), ("vocab_size", 6), ("max_len", None),
-        ("d_hidden", 10 ** 15))),
-    checkpoint(json.dumps({**CONFIG, "d_hidden": 2 ** 18}), **{
-        "blocks.0.gate_up": npy(ONES[:1, None], (2 ** 19, 24)),
-        "blocks.0.down": npy(ONES[:1, None], (24, 2 ** 18))}),
-    npy([Trap()]), pickle.dumps(Trap()), npy(ONES), b"", b"{}", b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            checkpoint(norm=norm)
+            for norm in (
+                None,
+                ONES[1:],
+                ONES[:, None],
+                1.0,
+                np.ones(24, int),
+                np.ones(24, complex),
+                ["1"] * 24,
+                ONES * np.nan,
+                np.r_[ONES[1:], -np.inf],
+                np.full(24, 1e300),
+                b"something else",
+                b"",
+                npy(ONES, (10**9,)),
+                npy(ONES[1:], (24,)),
+                WEIGHTS["head"],
+                [Trap()],
+            )
+        ),
+        checkpoint(extra=ONES),
+        checkpoint(extra=[Trap()]),
+        checkpoint(norm=None, gain=ONES),
+        checkpoint(**{"blocks.1.qkv": np.ones((72, 24), np.float32)}),
+        checkpoint(json.dumps({name: CONFIG[name] for name in CONFIG if name != "n_heads"})),
+        *map(
+            checkpoint,
+            (
+                None,
+                b"{}",
+                "",
+                "{",
+                "null",
+                "[]",
+                "3",
+                '"text"',
+                "[" * 100_000,
+                np.ones(1),
+                ["{}", "{}"],
+                b"\xff",
+                npy(["{}"], (10**9,)),
+                Trap(),
+                npy("{}").replace(b"U2'", b"U9000000'").replace(b" " * 7 + b"\n", b" \n"),
+            ),
+        ),
+        *(
+            checkpoint(json.dumps({**CONFIG, name: value}))
+            for name, value in (
+                ("d_model", 48),
+                ("n_layers", 2),
+                ("n_layers", 0),
+                ("n_layers", 10**12),
+                ("d_model", -24),
+                ("d_model", 24.0),
+                ("d_model", "24"),
+                ("n_heads", 5),
+                ("vocab_size", 6),
+                ("max_len", None),
+                ("d_hidden", 10**15),
+            )
+        ),
+        checkpoint(
+            json.dumps({**CONFIG, "d_hidden": 2**18}),
+            **{
+                "blocks.0.gate_up": npy(ONES[:1, None], (2**19, 24)),
+                "blocks.0.down": npy(ONES[:1, None], (24, 2**18)),
+            },
+        ),
+        npy([Trap()]),
+        pickle.dumps(Trap()),
+        npy(ONES),
+        b"",
+        b"{}",
+        b"PK\x03\x04",
+    ],
+)
 def test_a_file_that_is_not_the_models(tmp_path, content):
     """Refused before anything is run, or memory asked for that the file cannot fill."""
     (tmp_path / "model.npz").write_bytes(content)

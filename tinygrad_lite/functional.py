@@ -1,142 +1,232 @@
-"""The fused ops a Transformer needs: one node on the tape each, its gradient derived by hand.
+"""The ops a Transformer needs, each a single node on the tape with a gradient derived by hand.
 
-Activations are matrices with a column for each of N = B T positions, line after line: B lines of T
-positions, D features, H heads of width d, F hidden features, V tokens. g is dL/d(result)."""
+Activations are matrices with one column for each position: (features, N), where N = B T positions
+are those of B lines of T tokens, line after line. Further letters: D features of the residual
+stream, H heads of d = D / H features, F hidden features, V tokens in the vocabulary.
+In every `backward`, `grad` is dL/d(out), L being the loss.
+"""
+
 import numpy as np
 
 from .tensor import Tensor
 
 
 def embedding(weight, ids):
-    """Column ids[n] of weight: (D, V), int (N,) -> (D, N)."""
-    # It is W onehot, so dL/dW = g onehot^T: a product, far faster than scattered additions.
-    return Tensor(weight.data.take(ids, axis=1), parents=(weight,), backward=lambda grad: (
-        grad @ np.eye(weight.shape[1], dtype=weight.dtype).take(ids, axis=0),))  # (D, N) @ (N, V)
+    """Column ids[n] of weight, for each position n: (D, V), int (N,) -> (D, N)."""
+    out = weight.data.take(ids, axis=1)
+
+    def backward(grad):
+        # out = weight @ onehot, so dL/d(weight) = grad @ onehot.T. As a matrix product this is much
+        # faster than adding the columns of grad one by one.
+        onehot_rows = np.eye(weight.shape[1], dtype=weight.dtype).take(ids, axis=0)  # (N, V)
+        return (grad @ onehot_rows,)
+
+    return Tensor(out, parents=(weight,), backward=backward)
 
 
 def rms_norm(x, eps=1e-6):
-    """y = x / rms(x) for each column, rms(x) = sqrt(mean(x^2) + eps): (D, N) -> (D, N).
-    Zhang & Sennrich 2019, Eq. 4, without its learned scale."""
-    def mean(a, b): return np.einsum("dn,dn->n", a, b) / len(a)  # of a * b, never formed: (N,)
-    rms = np.sqrt(mean(x.data, x.data) + eps)
-    y = x.data / rms
-    # d rms / dx_j = x_j / (D rms), so dy_i / dx_j = (delta_ij - y_i y_j / D) / rms; times g_i, sum.
-    return Tensor(y, parents=(x,), backward=lambda grad: ((grad - y * mean(grad, y)) / rms,))
+    """Each column divided by its root mean square, sqrt(mean(x^2) + eps): (D, N) -> (D, N).
+
+    Zhang & Sennrich 2019, Eq. 4, without the learned scale (which the model puts into the next
+    matrix).
+    """
+    rms = np.sqrt(_mean_of_product(x.data, x.data) + eps)  # (N,)
+    out = x.data / rms
+
+    def backward(grad):
+        # For one column, with out_i = x_i / rms:
+        #   d(rms)/dx_j  = x_j / (D rms) = out_j / D
+        #   d(out_i)/dx_j = delta_ij / rms - x_i / rms^2 d(rms)/dx_j
+        #                 = (delta_ij - out_i out_j / D) / rms
+        # and dL/dx_j is the sum over i of grad_i d(out_i)/dx_j.
+        return ((grad - out * _mean_of_product(grad, out)) / rms,)
+
+    return Tensor(out, parents=(x,), backward=backward)
+
+
+def _mean_of_product(a, b):
+    """The mean of a * b over each column: (D, N), (D, N) -> (N,)."""
+    return np.einsum("dn,dn->n", a, b) / len(a)  # quicker than (a * b).mean(axis=0)
 
 
 def swiglu(gate_up):
-    """silu(gate) * up of the halves [gate; up], silu(a) = a sigmoid(a): (2F, N) -> (F, N).
-    Shazeer 2020, Eq. 5 without biases."""
+    """silu(gate) * up, where silu(a) = a sigmoid(a): (2F, N) = [gate; up] -> (F, N).
+
+    Shazeer 2020, Eq. 5, without biases.
+    """
     gate, up = np.split(gate_up.data, 2)  # (F, N) each
-    s = 0.5 * np.tanh(0.5 * gate) + 0.5  # sigmoid 1 / (1 + exp(-gate)), without its overflow
-    silu = gate * s
-    # As ds/dgate = s (1 - s), dL/dgate = g up (s + silu (1 - s)); dL/dup = g silu.
-    return Tensor(silu * up, parents=(gate_up,), backward=lambda grad: (
-        np.concatenate([grad * up * (s + silu * (1 - s)), grad * silu]),))
+    sigmoid = 0.5 * np.tanh(0.5 * gate) + 0.5  # 1 / (1 + exp(-gate)), but exp would overflow
+    silu = gate * sigmoid
+    out = silu * up
+
+    def backward(grad):
+        # d sigmoid / d gate = sigmoid (1 - sigmoid), so by the product rule
+        # d silu / d gate = sigmoid + gate sigmoid (1 - sigmoid) = sigmoid + silu (1 - sigmoid).
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        grad_up = grad * silu
+        return (np.concatenate([grad_gate, grad_up]),)
+
+    return Tensor(out, parents=(gate_up,), backward=backward)
 
 
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): any shape, no overflow for any x."""
-    tail = np.log1p(np.exp(-np.abs(x.data)))  # log(1 + exp(-|x|)), the same for x and -x
-    return Tensor(np.minimum(x.data, 0) - tail, parents=(x,), backward=lambda grad: (
-        grad * np.exp(np.minimum(-x.data, 0) - tail),))  # g sigmoid(-x) = g exp(log_sigmoid(-x))
+    """log(1 / (1 + exp(-x))), elementwise, without overflow for any x."""
+    # For x >= 0 it is -log(1 + exp(-x)), for x < 0 it is x - log(1 + exp(x)). In one formula:
+    out = np.minimum(x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
+
+    def backward(grad):
+        # The slope is 1 - sigmoid(x) = sigmoid(-x) = exp(log_sigmoid(-x)) = exp(out - x),
+        # because log_sigmoid(x) - log_sigmoid(-x) = x. Written out for -x, so that huge x do no harm:
+        log_slope = np.minimum(-x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
+        return (grad * np.exp(log_slope),)
+
+    return Tensor(out, parents=(x,), backward=backward)
 
 
 def token_log_probs(logits, targets):
-    """log softmax(logits) at the targets: (V, N), int (N,) -> (N,). Raises ValueError for targets
-    that are not N integers from 0 to V - 1."""
-    targets, (n_tokens, n) = np.asarray(targets), logits.shape
-    if (targets.shape != (n,) or targets.dtype.kind not in "iu"
-            or not ((0 <= targets) & (targets < n_tokens)).all()):
+    """log softmax(logits) at each position's target token: (V, N), int (N,) -> (N,).
+
+    Raises ValueError unless targets are N integers from 0 to V - 1.
+    """
+    targets = np.asarray(targets)
+    n_tokens, n = logits.shape
+    is_integer = targets.dtype.kind in "iu"
+    if targets.shape != (n,) or not is_integer or ((targets < 0) | (targets >= n_tokens)).any():
         raise ValueError(f"targets must be {n} integers from 0 to {n_tokens - 1}")
-    at = targets, np.arange(n)
+    # The softmax does not change if a constant is subtracted from a column of logits; subtracting
+    # the largest keeps exp from overflowing.
     shifted = logits.data - logits.data.max(axis=0)  # (V, N)
     exp = np.exp(shifted)
     total = exp.sum(axis=0)  # (N,)
+    at_target = targets, np.arange(n)
+    out = shifted[at_target] - np.log(total)
 
-    def backward(grad):  # with logits z, log p_k = z_k - log sum_j exp z_j:
-        grad_logits = exp * (-grad / total)  # d(log p_k) / dz_j = delta_jk - p_j
-        grad_logits[at] += grad
+    def backward(grad):
+        # With z the logits of a column and k its target, log p_k = z_k - log sum_j exp(z_j), so
+        # d(log p_k)/dz_j = delta_jk - p_j, where p_j = exp(z_j) / total.
+        grad_logits = -exp * (grad / total)  # - p_j grad
+        grad_logits[at_target] += grad  # delta_jk grad
         return (grad_logits,)
-    return Tensor(shifted[at] - np.log(total), parents=(logits,), backward=backward)
+
+    return Tensor(out, parents=(logits,), backward=backward)
 
 
 def causal_attention(qkv, n_heads, batch, rope_base=10000.0):
-    """Rotary causal attention: (3D, N) = [q; k; v], heads one below the other in each -> (D, N).
+    """Causal attention with rotary positions: (3D, N) = [q; k; v] -> (D, N).
 
-    Each position averages the values v of itself and those before it, by a softmax of q . k
-    (Vaswani et al. 2017, Eq. 1, transposed: positions are columns). R_t turns features f and
-    f + d/2 of a head by the angle t base^(-2f / d), t = 0 ... T - 1 (Su et al. 2021, Eq. 34, in
-    Llama's order). For one head and line V is (d, T), like Q = (R_i q_i) / d^(1/4) and
-    K = (R_j k_j) / d^(1/4): so K^T Q has Eq. 1's 1 / sqrt(d). i is a query, a column; j is a key;
-    s, c and G . O hold a number for each query; `*` is elementwise.
-        S = K^T Q, -inf where j > i   E_ji = exp(S_ji - max_j S_ji)   s_i = sum_j E_ji   O = V E / s
-    The softmax P = E / s is never formed: E has T rows, O only d. Backward, with G = (dL/dO) / s:
-        dL/dV = G E^T    dL/dQ = K dL/dS    dL/dK = Q dL/dS^T    dL/dP = s V^T G
-    and as dP_ji / dS_ki = P_ji (delta_jk - P_ki) and O_i = sum_j P_ji V_j,
-        dL/dS = P * (dL/dP - c) = E * (V^T G - G . O),  c_i = sum_j P_ji dL/dP_ji = s_i G_i . O_i
-        dL/dq_i = R_i^T (dL/dQ)_i / d^(1/4), likewise for k."""
-    length = qkv.shape[1] // batch  # T
-    heads = qkv.data.reshape(3, n_heads, -1, batch, length)  # (3, H, d, B, T)
-    cos, sin = np.tile(_rotation(heads.shape[2], range(length), rope_base, qkv.dtype), batch)
-    q, k = _rotate(heads[:2], cos, sin).swapaxes(2, 3)  # (H, B, d, T)
-    v = heads[2].swapaxes(1, 2)
-    scores, rows = _products(k, q)  # one array, twice: S, then E
-    for j in range(1, length):
-        rows[j].reshape(-1, length)[:, :j] = -np.inf  # S_ji of the queries i before j
-    rows -= rows.max(axis=0)
-    np.exp(rows, out=rows)
-    total = rows.sum(axis=0).reshape(n_heads, 1, batch, -1)  # s
-    out = np.divide((v @ scores).swapaxes(1, 2), total, order="C")  # (H, d, B, T)
+    qkv: each of q, k and v holds its heads one below the other.
+    batch: the number of lines B; N must be a multiple of it, and a line does not see another.
+
+    Vaswani et al. 2017, Eq. 1, transposed, because positions are columns here; rotary positions by
+    Su et al. 2021, Eq. 34, with the features paired as in Llama. For one head of one line, with
+    columns i (queries) and j, k (keys), and R_t the rotation of position t:
+
+        Q_i  = R_i q_i / sqrt(d)                    `q`, (d, T)
+        K_j  = R_j k_j                              `k`, (d, T);  V is `v`
+        S_ji = K_j . Q_i, or -inf where j > i       `scores` = k.T @ q, (T keys, T queries)
+        P_ji = exp(S_ji) / sum_k exp(S_ki)          `weights`: a softmax of each column
+        O_i  = sum_j P_ji V_j                       `out` = v @ weights, (d, T)
+
+    The gradient, given G = dL/dO (`grad_out`):
+
+        O = V P is a matrix product, so dL/dV = G P^T and dL/dP = V^T G.
+
+        In the softmax, every P_ji of a column depends on every S_ki of that column:
+            dP_ji/dS_ki = P_ji (delta_jk - P_ki).
+        S_ki therefore gets a share from each j, and the chain rule sums over j:
+            dL/dS_ki = sum_j dL/dP_ji P_ji (delta_jk - P_ki)
+                     = P_ki dL/dP_ki - P_ki sum_j P_ji dL/dP_ji
+                     = P_ki (dL/dP_ki - c_i),  where c_i = sum_j P_ji dL/dP_ji.
+
+        S = K^T Q, so dL/dQ = K dL/dS and dL/dK = Q (dL/dS)^T.
+
+        A rotation is undone by its transpose, so dL/dq_i = R_i^T (dL/dQ)_i / sqrt(d) and
+        dL/dk_j = R_j^T (dL/dK)_j; R^T rotates by the negative angle.
+
+    Two things need no gradient. The code subtracts the largest score m_i of each column before exp,
+    to avoid overflow: numerator and denominator of P_ji both shrink by the factor exp(m_i), so P
+    does not depend on m_i at all. And a masked score, j > i, has the weight P_ji = exp(-inf) = 0,
+    so the factor P_ji in dL/dS_ji makes its gradient 0 without a second mask.
+    """
+    n = qkv.shape[1]
+    length = n // batch  # T
+    q, k, v = qkv.data.reshape(3, n_heads, -1, n)  # (H, d, N) each
+    by_line = (n_heads, -1, batch, length)  # (H, d, B, T); swapaxes then gives (H, B, d, T)
+    cos, sin = np.tile(_rotation(q.shape[1], range(length), rope_base, qkv.dtype), batch)
+    scale = q.shape[1] ** -0.5
+    q = (_rotate(q, cos, sin) * scale).reshape(by_line).swapaxes(1, 2)  # (H, B, d, T)
+    k = _rotate(k, cos, sin).reshape(by_line).swapaxes(1, 2)
+    v = v.reshape(by_line).swapaxes(1, 2)
+
+    scores = _keys_first(k, q)  # (T keys, H, B, T queries)
+    for key in range(1, length):
+        scores[key, :, :, :key] = -np.inf  # earlier queries do not see this key
+    scores -= scores.max(axis=0)
+    weights = np.exp(scores, out=scores)
+    weights /= weights.sum(axis=0)
+    p = _keys_third(weights)  # (H, B, T keys, T queries), the same memory
+    out = (v @ p).swapaxes(1, 2)  # (H, d, B, T)
 
     def backward(grad):
-        grad = grad.reshape(out.shape) / total  # G
-        dot, grad = np.einsum("hdbt,hdbt->hbt", grad, out), grad.swapaxes(1, 2)
-        grad_scores, grad_rows = _products(v, grad)  # one array: V^T G, then dL/dS
-        grad_rows -= dot.ravel()
-        grad_rows *= rows
-        grads = np.empty(heads.shape, qkv.dtype)  # (3, H, d, B, T)
-        factors = (k, grad_scores), (q, grad_scores.mT), (grad, scores.mT)
-        for (a, b), product in zip(factors, grads.swapaxes(2, 3)):
-            np.matmul(a, b, out=product)  # where it belongs, not copied: 4 % of a step
-        grads[:2] = _rotate(grads[:2], cos, -sin)  # (2, H, d, B, T); R^T, both hold 1 / d^(1/4)
-        return (grads.reshape(qkv.shape),)
-    return Tensor(out.reshape(-1, qkv.shape[1]), parents=(qkv,), backward=backward)
+        grad_out = grad.reshape(by_line).swapaxes(1, 2)  # (H, B, d, T)
+        grad_weights = _keys_first(v, grad_out)  # (T keys, H, B, T queries)
+        c = (weights * grad_weights).sum(axis=0)  # (H, B, T queries)
+        grad_scores = _keys_third(weights * (grad_weights - c))  # (H, B, T keys, T queries)
+        grad_q = (k @ grad_scores).swapaxes(1, 2).reshape(n_heads, -1, n)  # (H, d, N)
+        grad_k = (q @ grad_scores.mT).swapaxes(1, 2).reshape(n_heads, -1, n)
+        grad_v = (grad_out @ p.mT).swapaxes(1, 2).reshape(n_heads, -1, n)
+        grad_q = _rotate(grad_q, cos, -sin) * scale
+        grad_k = _rotate(grad_k, cos, -sin)
+        return (np.concatenate([grad_q, grad_k, grad_v]).reshape(qkv.shape),)
+
+    return Tensor(out.reshape(-1, n), parents=(qkv,), backward=backward)
 
 
 def cached_attention(qkv, n_heads, keys, values, position, rope_base=10000.0):
-    """causal_attention for one more position of each line: (3D, B) -> (D, B). `keys` and `values`,
-    (max_len, H, d, B), hold those before, and get its own. Raises RuntimeError outside no_grad."""
+    """causal_attention for the next position of every line: (3D, B) = [q; k; v] -> (D, B).
+
+    keys, values: (max_len, H, d, B). Those before `position` are there already; its own are added.
+    Raises RuntimeError outside no_grad(), because it has no gradient.
+    """
     if qkv.requires_grad:
         raise RuntimeError("cached_attention has no gradient; call it under no_grad()")
-    heads = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (3, H, d, B)
-    cos, sin = _rotation(heads.shape[2], (position,), rope_base, qkv.dtype)
-    q, keys[position] = _rotate(heads[:2], cos, sin)
-    values[position] = heads[2]
-    # All lines and heads in one einsum; products of matrices would be one call for each.
-    scores = np.einsum("hdb,jhdb->jhb", q, keys[:position + 1])
-    exp = np.exp(scores - scores.max(axis=0))
-    out = np.einsum("jhb,jhdb->hdb", exp / exp.sum(axis=0), values[:position + 1])
+    q, k, v = qkv.data.reshape(3, n_heads, -1, qkv.shape[1])  # (H, d, B) each
+    cos, sin = _rotation(q.shape[1], [position], rope_base, qkv.dtype)  # (d/2, 1)
+    q = _rotate(q, cos, sin) * q.shape[1] ** -0.5
+    keys[position] = _rotate(k, cos, sin)
+    values[position] = v
+    # One einsum for all lines and heads: matrix products would be one small call for each.
+    scores = np.einsum("hdb,thdb->thb", q, keys[: position + 1])  # (T keys, H, B)
+    weights = np.exp(scores - scores.max(axis=0))
+    weights /= weights.sum(axis=0)
+    out = np.einsum("thb,thdb->hdb", weights, values[: position + 1])  # (H, d, B)
     return Tensor(out.reshape(-1, qkv.shape[1]))
 
 
-def _products(k, q):
-    """K^T Q of (H, B, d, T): (H, B, T keys, T queries), and the same memory as (T keys, H B T)."""
-    # One call for all heads and lines, on long rows, saves a fifth of a step. 16 unused numbers
-    # keep rows from lying a multiple of 4 kB apart, where they would push each other out of cache.
+def _keys_first(k, q):
+    """k.T @ q for every head and line: (H, B, d, T) twice -> (T keys, H, B, T queries).
+
+    The softmax goes over keys. With these as the first axis it adds up long rows, several times
+    faster than (H, B, T, T), where it would go along the short last axis or jump between rows.
+    """
     n_heads, batch, _, length = q.shape
-    rows = np.empty((length, n_heads * batch * length + 16), q.dtype)[:, :-16]
-    scores = rows.reshape(length, n_heads, batch, length).transpose(1, 2, 0, 3)
-    return np.matmul(k.mT, q, out=scores), rows
+    scores = np.empty((length, n_heads, batch, length), q.dtype)
+    np.matmul(k.mT, q, out=_keys_third(scores))
+    return scores
+
+
+def _keys_third(scores):
+    """A view for matrix products: (T keys, H, B, T queries) -> (H, B, T keys, T queries)."""
+    return scores.transpose(1, 2, 0, 3)
 
 
 def _rotation(d, positions, base, dtype):
-    """cos and sin, over d^(1/4), of the angles t base^(-2i / d) at positions t: (2, d/2, T)."""
-    angles = np.outer(base ** (-np.arange(0, d, 2) / d), positions)
-    return (np.array([np.cos(angles), np.sin(angles)]) * d ** -0.25).astype(dtype)
+    """cos and sin of the angles t base^(-2f / d), at position t and feature f: (2, d/2, T)."""
+    angles = np.outer(base ** (-2 * np.arange(d // 2) / d), positions)
+    return np.array([np.cos(angles), np.sin(angles)], dtype)
 
 
 def _rotate(x, cos, sin):
-    """Halves (a, b) of a head, of q or k, become (a cos - b sin, b cos + a sin): (2, H, d, ...)."""
-    halves = x.reshape(2, x.shape[1], 2, len(cos), -1)  # (2, H, 2, d/2, N)
-    return (halves * cos + halves[:, :, ::-1] * np.stack([-sin, sin])).reshape(x.shape)
+    """Turn each pair of features (f, f + d/2) by its angle: (H, d, N) -> (H, d, N)."""
+    a, b = np.split(x, 2, axis=1)  # (H, d/2, N) each
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)

@@ -1,4 +1,5 @@
-"""Adam, gradient clipping and the learning-rate schedule."""
+"""Adam, AdEMAMix, gradient clipping and the learning-rate schedule."""
+
 import math
 
 import numpy as np
@@ -7,40 +8,82 @@ from .tensor import Tensor
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015, Algorithm 1), in the parameters' dtype. Matrices, not vectors, also
-    shrink by lr * weight_decay in a step (Loshchilov & Hutter 2019, Algorithm 2). A slower mean of
-    the gradients, of decay rate beta3, counts `alpha` times (AdEMAMix, Pagliardini et al. 2025,
-    section 3). Raises TypeError unless `parameters` is a list of Tensors."""
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                 alpha=0.0, beta3=0.995):
+    """Adam (Kingma & Ba 2015, Algorithm 1) with decoupled weight decay.
+
+    parameters: a list of Tensors (TypeError for anything else).
+    lr: the learning rate, an attribute that may change from step to step.
+    weight_decay: matrices, but not vectors, shrink by lr * weight_decay in a step (Loshchilov &
+        Hutter 2019, Algorithm 2).
+
+    As in PyTorch, a parameter without a gradient is left alone: neither its momentum nor weight
+    decay moves it.
+    """
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
             raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
-        self.parameters, self.lr, self.betas, self.eps = parameters, lr, betas, eps
-        self.weight_decay, self.alpha, self.beta3, self.steps = weight_decay, alpha, beta3, 0
-        self.mean, self.slow_mean, self.square = (  # m, s, v
-            [np.zeros_like(p.data) for p in parameters] for _ in range(3))
+        self.parameters = parameters
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.steps = [0 for _ in parameters]  # how often each has been updated: t
+        self.mean = [np.zeros_like(p.data) for p in parameters]  # of its gradients: m
+        self.square = [np.zeros_like(p.data) for p in parameters]  # mean of their squares: v
 
     def step(self):
-        """p -= lr (m' + alpha s) / (sqrt(v') + eps), m' = m / (1 - b1^t), v' = v / (1 - b2^t)."""
-        self.steps += 1
-        (beta1, beta2), t = self.betas, self.steps
-        for p, m, s, v in zip(self.parameters, self.mean, self.slow_mean, self.square):
-            grad = np.zeros_like(p.data) if p.grad is None else p.grad
-            m += (1 - beta1) * (grad - m)
-            s += (1 - self.beta3) * (grad - s)
-            v += (1 - beta2) * (grad * grad - v)
+        """p -= lr m_hat / (sqrt(v_hat) + eps), m_hat = m / (1 - beta1^t), v_hat likewise."""
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            self.steps[i] += 1
+            direction = self._direction(i, p.grad)
             if self.weight_decay and p.ndim > 1:
                 p.data *= 1 - self.lr * self.weight_decay
-            mean = m / (1 - beta1 ** t) + self.alpha * s
-            p.data -= self.lr * mean / (np.sqrt(v / (1 - beta2 ** t)) + self.eps)
+            p.data -= self.lr * direction
+
+    def _direction(self, i, grad):
+        """m_hat / (sqrt(v_hat) + eps) of parameter i, after taking in its new gradient."""
+        mean_hat = self._mean_hat(i, grad)
+        beta2 = self.betas[1]
+        self.square[i] += (1 - beta2) * (grad * grad - self.square[i])
+        square_hat = self.square[i] / (1 - beta2 ** self.steps[i])
+        return mean_hat / (np.sqrt(square_hat) + self.eps)
+
+    def _mean_hat(self, i, grad):
+        beta1 = self.betas[0]
+        self.mean[i] += (1 - beta1) * (grad - self.mean[i])
+        return self.mean[i] / (1 - beta1 ** self.steps[i])  # unbiased, although m starts at 0
 
     def zero_grad(self):
         for p in self.parameters:
             p.grad = None
 
 
+class AdEMAMix(Adam):
+    """Adam with a second, slower mean of the gradients (Pagliardini et al. 2025, section 3).
+
+    beta3: the decay rate of the slow mean.
+    alpha: its weight beside the fast mean, an attribute that may change from step to step. It
+        starts at 0, where AdEMAMix is Adam.
+    """
+
+    def __init__(self, parameters, *arguments, beta3=0.995, **options):
+        super().__init__(parameters, *arguments, **options)
+        self.beta3 = beta3
+        self.alpha = 0.0
+        self.slow_mean = [np.zeros_like(p.data) for p in parameters]
+
+    def _mean_hat(self, i, grad):
+        self.slow_mean[i] += (1 - self.beta3) * (grad - self.slow_mean[i])
+        return super()._mean_hat(i, grad) + self.alpha * self.slow_mean[i]
+
+
 def clip_grad_norm(parameters, max_norm):
-    """Scale the gradients so that their joint norm is at most `max_norm`; return it as it was."""
+    """Scale all gradients by one factor so that their joint norm is at most max_norm.
+
+    Returns the norm before. Parameters without a gradient do not count.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(np.square(grad, dtype=np.float64).sum() for grad in grads))
     if norm > max_norm:
@@ -50,7 +93,8 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def cosine_schedule(step, total, peak, warmup):
-    """The learning rate of `step` (from 0): linearly up to `peak`, then a half cosine to 0."""
+    """The learning rate of `step`, from 0: linearly up to `peak`, then along a half cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)  # from 0 to 1
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

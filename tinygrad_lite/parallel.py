@@ -1,114 +1,96 @@
-"""One program in several processes, each on its share of a batch; their gradients are added up.
+"""One program in several processes, each with a share of the batch; their gradients are added up.
 
-As in torch.nn.parallel.DistributedDataParallel, all hold the same weights and take the same steps.
-Only gradients and what is logged travel. Threads would wait for Python's lock after every op."""
+As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
+same steps; only gradients and a few numbers travel. (Threads would not do: Python lets only one of
+them run at a time.)
+"""
+
 import contextlib
-import multiprocessing.resource_tracker
+import multiprocessing
 import signal
-import sys
-import traceback
+from multiprocessing.pool import ExceptionWithTraceback
 
 import numpy as np
 
-CHUNK = 2 ** 19  # bytes that a process puts into shared memory at a time
-
 
 class World:
-    """A process's view of a run: its `rank`, from 0, and `world_size`. World() is one alone."""
-    def __init__(self, rank=0, world_size=1, pipes=(), buffer=b""):
-        self.rank, self.world_size, self._pipes = rank, world_size, pipes  # [(rank, pipe to it)]
-        self._slots = np.frombuffer(buffer, np.uint8).reshape(2, world_size, -1)  # (2, rank, byte)
+    """What a process knows of a run: its own `rank`, from 0, and the `world_size`.
 
-    def share(self, items): return items[self.rank::self.world_size]  # this process's own items
+    World() is a process alone. Rank 0 has a pipe to every other process, these one to rank 0.
+    """
+
+    def __init__(self, rank=0, world_size=1, pipes=()):
+        self.rank, self.world_size, self.pipes = rank, world_size, pipes
 
     def all_reduce(self, array):
-        """The sum of `array` over all processes, all of which must call this. In rank order, so
-        that every process gets the same bits. Raises ChildProcessError if one has been killed."""
-        array = np.asarray(array)
-        if self.world_size == 1:
-            return array
-        sums, step = [], CHUNK // array.itemsize
-        for piece in np.split(array.ravel(), range(step, array.size, step)):
-            self._slots = self._slots[::-1]  # two sets in turn: when one is next, all have read it
-            slots = self._slots[0, :, :piece.nbytes].view(piece.dtype)  # (world_size, n)
-            slots[self.rank] = piece
-            self.wait_for_all()  # until it is written
-            sums.append(slots.sum(axis=0))
-        return np.concatenate(sums).reshape(array.shape)
+        """The sum of `array` over all processes. All of them must call this, with like arrays.
 
-    def all_reduce_gradients(self, parameters, log=()):
-        """Replace .grad of every parameter by its sum over all processes; None counts as zero.
-        Returns the sum of `log`, some numbers, in the parameters' dtype."""
-        grads = [np.zeros_like(p.data) if p.grad is None else p.grad for p in parameters]
-        total = self.all_reduce(np.concatenate(  # one vector: every sum is a wait
-            [*map(np.ravel, grads), np.ravel(log)], dtype=grads[0].dtype))
-        *grads, log = np.split(total, np.cumsum([p.size for p in parameters]))
-        for p, grad in zip(parameters, grads):
-            p.grad = grad.reshape(p.shape)
-        return log
+        Rank 0 adds up in rank order, so the sum has the same bits in every process and every run.
+        Raises what another process has raised, and EOFError if one was killed.
+        """
+        return self._add_up({"array": np.asarray(array)})["array"]
 
-    def wait_for_all(self):
-        """Return once every process has come here; rank 0 raises what another raised instead."""
-        failure = None
-        try:
-            for rank, pipe in self._pipes if self.rank == 0 else ():
-                failure = failure or pipe.recv()
-            for rank, pipe in self._pipes if not failure else ():
-                pipe.send(None)
-            if self.rank > 0:
-                pipe.recv()
-        except (EOFError, OSError):  # nobody holds the other end of `pipe` any more
-            raise ChildProcessError(f"process {rank} of {self.world_size} was killed") from None
-        if failure:
-            error, text = failure
-            raise error from RuntimeError(f"in another process:\n{text}")
+    def all_reduce_gradients(self, parameters):
+        """Replace the .grad of every parameter by its sum over all processes.
+
+        None counts as zero, but stays None if it is None in every process.
+        """
+        grads = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
+        for i, total in self._add_up(grads).items():
+            parameters[i].grad = total
+
+    def _add_up(self, arrays):
+        """The sums of a dict of arrays; a process may lack some of them."""
+        if self.rank > 0:
+            self.pipes[0].send(arrays)
+            return self.pipes[0].recv()
+        for pipe in self.pipes:
+            received = pipe.recv()
+            if isinstance(received, Exception):
+                raise received
+            for key, array in received.items():
+                arrays[key] = arrays.get(key, 0) + array
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # killed just now, which the next recv() will tell
+                pipe.send(arrays)
+        return arrays
 
 
 def launch(world_size, function, *arguments):
-    """Run function(world, *arguments) in world_size processes; return what it returns in this one,
-    rank 0. An exception in any ends all and is raised here, ChildProcessError if one was killed.
-    Where processes start afresh (macOS, Windows), `function` must stand at the top of a module, and
-    take plain values; a script needs `if __name__ == "__main__"`."""
-    if world_size == 1:
-        return function(World(), *arguments)
-    buffer, processes, pipes = multiprocessing.RawArray("B", 2 * world_size * CHUNK), [], []
-    try:
-        with contextlib.ExitStack() as when_started:
-            if hasattr(signal, "pthread_sigmask"):  # not on Windows
-                # Ctrl-C waits until all are started; they inherit that, and never see it. Python's
-                # resource tracker, if it started among them, would let it in.
-                multiprocessing.resource_tracker.ensure_running()
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                when_started.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-            for rank in range(1, world_size):
-                pipe, theirs = multiprocessing.Pipe()
-                process = multiprocessing.Process(target=_work, daemon=True, args=(
-                    rank, world_size, theirs, pipe, buffer, np.geterr(), function, arguments))
-                process.start()
-                processes.append(process)
-                theirs.close()
-                pipes.append((rank, pipe))
-        world = World(0, world_size, pipes, buffer)
+    """Run function(world, *arguments) in world_size processes; return what it returns on rank 0.
+
+    Rank 0 is the calling process itself, so there the function may change its arguments in place.
+    The others are started afresh: they import the function, which must stand at the top of a
+    module, and receive pickled copies of the arguments. An exception in any process ends all of
+    them and is raised here; EOFError if one was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    world = World(0, world_size, pipes=[])
+    # In a terminal, Ctrl-C reaches all processes. Rank 0 ends the others, so they must ignore it;
+    # a process ignores what was ignored where it was started.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.ExitStack() as at_exit:  # however it ends; the last callback runs first
+        at_exit.callback(signal.signal, signal.SIGINT, handler)
+        for rank in range(1, world_size):
+            pipe, their_pipe = context.Pipe()
+            theirs = World(rank, world_size, [their_pipe])
+            process = context.Process(target=_work, args=(theirs, function, arguments), daemon=True)
+            process.start()
+            at_exit.callback(process.join)
+            at_exit.callback(process.kill)
+            world.pipes.append(pipe)
+            their_pipe.close()  # they have a copy; with theirs alone open, the pipe ends with them
+        signal.signal(signal.SIGINT, handler)
         result = function(world, *arguments)
-        world.wait_for_all()
+        world.all_reduce(0)  # wait for the others, and hear of a late exception
         return result
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
-def _work(rank, world_size, pipe, parents_pipe, buffer, numpy_errors, function, arguments):
-    """The life of a process other than rank 0."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends the others
-    parents_pipe.close()  # inherited; held open, it would hide that rank 0 is gone
-    np.seterr(**numpy_errors)
-    world = World(rank, world_size, [(0, pipe)], buffer)
+def _work(world, function, arguments):
+    """What a process other than rank 0 runs."""
     try:
         function(world, *arguments)
-        world.wait_for_all()
-    except ChildProcessError as error:
-        sys.exit(str(error))
+        world.all_reduce(0)
     except Exception as error:
-        pipe.send((error, traceback.format_exc()))
-        pipe.recv()  # nothing comes: rank 0 raises the error and ends this process
+        with contextlib.suppress(OSError):  # if rank 0 is gone, nobody listens
+            world.pipes[0].send(ExceptionWithTraceback(error, error.__traceback__))

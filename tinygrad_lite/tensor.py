@@ -1,164 +1,355 @@
-"""Tensor and tape: reverse-mode automatic differentiation of NumPy code.
+"""Tensor: reverse-mode automatic differentiation of NumPy code.
 
-An op computes `out` with NumPy and returns Tensor(out, parents=..., backward=...). That function
-turns dL/d(out), L the loss, into dL/d(parent) for each parent: the chain rule. It never writes into
-what it is given, which another op may hold, too."""
+Every op follows one pattern. It computes its result `out` with NumPy, and returns
+`Tensor(out, parents=..., backward=...)`: the result, the Tensors it was computed from, and a function that
+applies the chain rule. With L the loss, `backward` takes dL/d(out) and returns dL/d(parent) for
+each parent. It must not write into the array it is given: another op may hold the same one.
+"""
+
 import contextlib
-import contextvars
-import heapq
-import itertools
 import numbers
 
 import numpy as np
 
-_recording = contextvars.ContextVar("recording", default=True)
-_serial_numbers = itertools.count()
+_recording = True  # False inside no_grad()
 
 
 @contextlib.contextmanager
 def no_grad():
-    """A context in which this thread records nothing: results need no gradient."""
-    token = _recording.set(False)
+    """A context in which ops are not recorded: their results do not require a gradient."""
+    global _recording
+    before = _recording
+    _recording = False
     try:
         yield
     finally:
-        _recording.reset(token)
+        _recording = before
 
 
 class Tensor:
-    """An array that remembers how it was computed. `data`: ndarray, list or number. NumPy's float64
-    stays, other real numbers become float32, TypeError for all else. It is not copied: changed in
-    place before backward(), it makes gradients wrong, silently. `grad`: None, or an array like data
-    to which backward() adds. Operands broadcast as in NumPy; all but Tensors are constants."""
-    __array_ufunc__ = None  # ndarray + Tensor: NumPy steps aside and calls Tensor.__radd__
+    """An array that remembers how it was computed.
+
+    data: an ndarray, list or number. A float64 array stays float64, any other real numbers become
+        float32; TypeError for anything else. The array is not copied, and must not be changed in
+        place between the forward pass and backward().
+    grad: None, or an array of data's shape and dtype, to which backward() adds.
+    requires_grad: True for a leaf that should receive a gradient, and for all computed from it.
+
+    Operands broadcast as in NumPy. Numbers, lists and arrays among them are constants, and take the
+    dtype of the Tensor. Two Tensors must have the same dtype (TypeError): a single float64 constant
+    would otherwise turn a whole float32 model into float64.
+    """
+
+    __array_ufunc__ = None  # makes ndarray + Tensor call Tensor.__radd__
 
     def __init__(self, data, requires_grad=False, parents=(), backward=None):
-        recorded = _recording.get() and any(p.requires_grad for p in parents)
-        self.data, self.grad, self.requires_grad = _array(data), None, requires_grad or recorded
-        self.parents, self.backward_fn = (parents, backward) if recorded else ((), None)
-        self.serial = next(_serial_numbers)
+        self.data = _to_array(data)
+        self.grad = None
+        self.requires_grad = requires_grad
+        self.parents = ()
+        self.backward_fn = None
+        if _recording and any(parent.requires_grad for parent in parents):
+            self.requires_grad = True
+            self.parents = parents
+            self.backward_fn = backward
 
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
-    ndim = property(lambda self: self.data.ndim)
-    size = property(lambda self: self.data.size)
-    def item(self): return self.data.item()      # the one element as a Python float
-    def numpy(self): return self.data            # the array itself, not a copy
-    def detach(self): return Tensor(self.data)   # without its history: gradients stop here
-    def __repr__(self): return f"Tensor({self.data}, requires_grad={self.requires_grad})"
+    @property
+    def shape(self):
+        return self.data.shape
+
+    @property
+    def dtype(self):
+        return self.data.dtype
+
+    @property
+    def ndim(self):
+        return self.data.ndim
+
+    @property
+    def size(self):
+        return self.data.size
+
+    def numpy(self):
+        """The array itself, not a copy."""
+        return self.data
+
+    def item(self):
+        """The only element, as a Python number."""
+        return self.data.item()
+
+    def detach(self):
+        """The same array without its history: no gradient flows through it."""
+        return Tensor(self.data)
+
+    def __repr__(self):
+        return f"Tensor({self.data}, requires_grad={self.requires_grad})"
 
     def backward(self, grad=None):
-        """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf, a Tensor that requires
-        a gradient and that no op made; free the graph on the way. `grad` has self's shape; for one
-        element it may be left out. Raises ValueError if it is missing or misshapen, RuntimeError if
-        nothing was recorded or an earlier call has freed the graph."""
+        """Add dL/d(leaf) to `.grad` of every leaf that self was computed from and that requires it.
+
+        grad: dL/d(self), of self's shape. It may be left out if self has a single element; then
+            L is self, and it is 1.
+
+        The graph is freed on the way, so that memory falls as the pass proceeds. Raises
+        RuntimeError if self does not require a gradient, or an earlier call has freed its graph,
+        and ValueError if `grad` is missing or has another shape.
+        """
         if not self.requires_grad:
             raise RuntimeError("backward() of a tensor that does not require a gradient")
-        grad = np.ones(self.shape) if grad is None and self.size == 1 else grad
+        if grad is None and self.size == 1:
+            grad = np.ones(self.shape)
         if np.shape(grad) != self.shape:
             raise ValueError(f"backward() of shape {self.shape} needs a gradient of that shape")
-        grads, queue = {self: np.asarray(grad, self.dtype)}, [(-self.serial, self)]
-        while queue:
-            _, node = heapq.heappop(queue)  # the newest: what uses it, which is newer, is done
-            grad, parents, backward = grads.pop(node), node.parents, node.backward_fn
-            if parents is None:
-                raise RuntimeError("an earlier backward() has freed this graph; compute it again")
-            if backward is None:  # a leaf; a copy, as an op may give one array to two
+
+        nodes = _parents_first(self)
+        grads = {self: np.asarray(grad, self.dtype)}  # dL/d(node), complete once its turn comes
+        while nodes:
+            node = nodes.pop()  # all that was computed from it has had its turn
+            grad = grads.pop(node)
+            if node.backward_fn is None:  # a leaf
+                # Copy, because the op may have given the same array to two parents.
                 node.grad = np.array(grad) if node.grad is None else np.asarray(node.grad + grad)
                 continue
-            node.parents = node.backward_fn = None  # free what the forward pass saved
-            for parent, new in zip(parents, backward(grad), strict=True):
+            parents, backward = node.parents, node.backward_fn
+            node.parents = node.backward_fn = None  # free what the forward pass has kept
+            for parent, parent_grad in zip(parents, backward(grad), strict=True):
                 if not parent.requires_grad:
                     continue
-                if (getattr(new, "dtype", None), np.shape(new)) != (parent.dtype, parent.shape):
-                    raise RuntimeError(f"{backward.__qualname__} returned a wrong gradient for a "
-                                       f"{parent.dtype} tensor of shape {parent.shape}: {new!r}")
-                if parent not in grads:
-                    heapq.heappush(queue, (-parent.serial, parent))
-                grads[parent] = grads[parent] + new if parent in grads else new
+                _check_gradient(parent_grad, parent, backward)
+                if parent in grads:  # used by several ops: their gradients add up
+                    parent_grad = grads[parent] + parent_grad
+                grads[parent] = parent_grad
 
-    def _operand(self, value):
-        """`value` as a Tensor: numbers and arrays take the dtype of the Tensor they meet."""
-        if isinstance(value, Tensor) and value.dtype != self.dtype:
-            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
-        return value if isinstance(value, Tensor) else Tensor(_array(value, self.dtype))
+    # The ops.
 
     def __add__(self, other):
         a, b = self, self._operand(other)
-        return _op(a.data + b.data, (a, b), lambda grad: (grad, grad))
+        out = a.data + b.data
+
+        def backward(grad):
+            return _sum_to(grad, a.shape), _sum_to(grad, b.shape)
+
+        return Tensor(out, parents=(a, b), backward=backward)
 
     def __mul__(self, other):
         a, b = self, self._operand(other)
-        return _op(a.data * b.data, (a, b), lambda grad: (grad * b.data, grad * a.data))
+        out = a.data * b.data
+
+        def backward(grad):
+            return _sum_to(grad * b.data, a.shape), _sum_to(grad * a.data, b.shape)
+
+        return Tensor(out, parents=(a, b), backward=backward)
+
+    def __truediv__(self, other):
+        a, b = self, self._operand(other)
+        out = a.data / b.data
+
+        def backward(grad):
+            # d(a/b)/db is -a / b^2. Written as -(1/b) (a/b), it does not overflow where b^2 does.
+            grad_a = grad / b.data
+            grad_b = -grad_a * out
+            return _sum_to(grad_a, a.shape), _sum_to(grad_b, b.shape)
+
+        return Tensor(out, parents=(a, b), backward=backward)
 
     def __pow__(self, exponent):
         if not isinstance(exponent, numbers.Real):
             raise TypeError(f"the exponent must be a number, not {type(exponent)}")
         n = float(exponent)  # a NumPy float64 would turn float32 into float64
-        return _op(self.data ** n, (self,), lambda grad: (
-            grad * n * self.data ** (n - 1) if n else np.zeros_like(grad),))
+        out = self.data**n
 
-    def exp(self): return _op(out := np.exp(self.data), (self,), lambda grad: (grad * out,))
-    def log(self): return _op(np.log(self.data), (self,), lambda grad: (grad / self.data,))
-    def __neg__(self): return self * -1.0
-    def __sub__(self, other): return self + -self._operand(other)
-    def __truediv__(self, other): return self * self._operand(other) ** -1.0
-    __radd__, __rmul__ = __add__, __mul__
-    def __rsub__(self, other): return -self + other
-    def __rtruediv__(self, other): return self ** -1.0 * other
-    def __rmatmul__(self, other): return self._operand(other) @ self
+        def backward(grad):
+            if n == 0:  # the formula below would give 0 * inf at x = 0
+                return (np.zeros_like(grad),)
+            return (grad * n * self.data ** (n - 1),)
+
+        return Tensor(out, parents=(self,), backward=backward)
+
+    def __neg__(self):
+        return self * -1.0
+
+    def __sub__(self, other):
+        return self + -self._operand(other)
+
+    def __radd__(self, other):
+        return self + other
+
+    def __rmul__(self, other):
+        return self * other
+
+    def __rsub__(self, other):
+        return self._operand(other) - self
+
+    def __rtruediv__(self, other):
+        return self._operand(other) / self
+
+    def __rmatmul__(self, other):
+        return self._operand(other) @ self
 
     def __matmul__(self, other):
-        """(..., n, k) @ (..., k, m) -> (..., n, m); the axes before the last two broadcast."""
+        """(..., n, k) @ (..., k, m) -> (..., n, m); axes before the last two broadcast."""
         a, b = self, self._operand(other)
         if b.ndim == 1:
             return (a @ b.reshape(-1, 1))[..., 0]
         if a.ndim == 1:
             return (a.reshape(1, -1) @ b)[..., 0, :]
-        return _op(a.data @ b.data, (a, b), lambda grad: (grad @ b.data.mT, a.data.mT @ grad))
+        out = a.data @ b.data
+
+        def backward(grad):
+            grad_a = grad @ b.data.mT  # (..., n, m) @ (..., m, k)
+            grad_b = a.data.mT @ grad  # (..., k, n) @ (..., n, m)
+            return _sum_to(grad_a, a.shape), _sum_to(grad_b, b.shape)
+
+        return Tensor(out, parents=(a, b), backward=backward)
+
+    def exp(self):
+        out = np.exp(self.data)
+
+        def backward(grad):
+            return (grad * out,)
+
+        return Tensor(out, parents=(self,), backward=backward)
+
+    def log(self):
+        out = np.log(self.data)
+
+        def backward(grad):
+            return (grad / self.data,)
+
+        return Tensor(out, parents=(self,), backward=backward)
 
     def sum(self, axis=None, keepdims=False):
-        out = self.data.sum(axis, keepdims=True)
-        return _op(out if keepdims else out.squeeze(axis), (self,), lambda grad: (
-            np.broadcast_to(grad.reshape(out.shape), self.shape),))
+        """axis: None for all, an int or a tuple of ints."""
+        kept = self.data.sum(axis, keepdims=True)  # summed axes have length 1
+        out = kept if keepdims else kept.squeeze(axis)
+
+        def backward(grad):
+            return (np.broadcast_to(grad.reshape(kept.shape), self.shape),)
+
+        return Tensor(out, parents=(self,), backward=backward)
 
     def mean(self, axis=None, keepdims=False):
+        """As sum. The mean of no elements is NaN, as in NumPy."""
         total = self.sum(axis, keepdims)
-        return total * (total.size / self.size)
+        n_summed = self.size / max(1, total.size)
+        return total / n_summed
 
     def reshape(self, *shape):
-        return _op(self.data.reshape(*shape), (self,), lambda grad: (grad.reshape(self.shape),))
+        out = self.data.reshape(*shape)
+
+        def backward(grad):
+            return (grad.reshape(self.shape),)
+
+        return Tensor(out, parents=(self,), backward=backward)
 
     def transpose(self, *axes):
+        """Axis i of the result is axis axes[i] of self; without axes, their order is reversed."""
         out = self.data.transpose(axes or None)
-        inverse = np.argsort(np.mod(axes, self.ndim)) if axes else None
-        return _op(out, (self,), lambda grad: (grad.transpose(inverse),))
+
+        def backward(grad):
+            if not axes:
+                return (grad.transpose(),)
+            inverse = np.argsort([axis % self.ndim for axis in axes])
+            return (grad.transpose(inverse),)
+
+        return Tensor(out, parents=(self,), backward=backward)
 
     def __getitem__(self, index):
-        """self[index] for any NumPy index; an element taken twice receives both gradients."""
+        """self[index] for any NumPy index. An element taken twice receives both gradients."""
+        out = self.data[index]
+
         def backward(grad):
             total = np.zeros_like(self.data)
             np.add.at(total, index, grad)
             return (total,)
-        return _op(self.data[index], (self,), backward)
+
+        return Tensor(out, parents=(self,), backward=backward)
+
+    def _operand(self, value):
+        """`value` as a Tensor of self's dtype."""
+        if not isinstance(value, Tensor):
+            return Tensor(_to_array(value, self.dtype))
+        if value.dtype != self.dtype:
+            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
+        return value
+
+    # Python's protocols answer as the array does. Without these methods, Python would make up its
+    # own answers: bool(Tensor(0.0)) would be True, and sum(Tensor(5.0)) would be 0.
+
+    def __bool__(self):
+        return bool(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, value):
+        return value in self.data
+
+    def __eq__(self, other):
+        return self.data == (other.data if isinstance(other, Tensor) else other)
+
+    def __ne__(self, other):
+        return self.data != (other.data if isinstance(other, Tensor) else other)
+
+    __hash__ = object.__hash__  # a Tensor is a key by identity, not by its numbers
+
+    def __getstate__(self):
+        """What copy.deepcopy and pickle take. A copied result would have copied parents, and the
+        leaves it was computed from would get no gradient: so only leaves can be copied."""
+        if self.parents != ():
+            raise TypeError("only a leaf Tensor can be copied or pickled; call detach() first")
+        return self.__dict__
 
 
-def _array(data, dtype=None):
-    """`data` as an array of `dtype`: if None, of float64 for such an array, else of float32."""
+def _to_array(data, dtype=None):
+    """`data` as an array of `dtype`; if None, float64 arrays stay and all else becomes float32."""
     array = np.asarray(data)
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub":  # floats, integers, unsigned integers, booleans
         raise TypeError(f"expected real numbers, as array, list or number, not {type(data)}")
-    keep = array.dtype == np.float64 and isinstance(data, (np.ndarray, np.generic))
-    return array.astype(dtype or (np.float64 if keep else np.float32), copy=False)
+    if dtype is None:
+        is_float64 = array.dtype == np.float64 and isinstance(data, (np.ndarray, np.generic))
+        dtype = np.float64 if is_float64 else np.float32
+    return array.astype(dtype, copy=False)
 
 
-def _op(out, parents, backward):
-    """An op's Tensor. Broadcasting copies a parent over new or longer axes; gradients add up."""
-    def sum_to(shape, grad):
-        if grad.shape == shape:
-            return grad
-        padded = (1,) * (grad.ndim - len(shape)) + shape
-        axes = tuple(i for i, n in enumerate(padded) if n != grad.shape[i])
-        return grad.sum(axis=axes).reshape(shape)
-    return Tensor(out, parents=parents, backward=lambda grad: [
-        sum_to(parent.shape, g) for parent, g in zip(parents, backward(grad))])
+def _parents_first(root):
+    """Every node that requires a gradient and that root was computed from, each after its parents.
+
+    This is a depth-first search. It keeps its own stack, because a graph may be deeper than
+    Python's recursion limit.
+    """
+    nodes, seen = [], set()
+    stack = [(root, False)]
+    while stack:
+        node, parents_are_listed = stack.pop()
+        if parents_are_listed:
+            nodes.append(node)
+        elif node not in seen:
+            if node.parents is None:
+                raise RuntimeError("an earlier backward() has freed this graph; compute it again")
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.parents if parent.requires_grad)
+    return nodes
+
+
+def _sum_to(grad, shape):
+    """Undo broadcasting: sum `grad` over the axes along which an array of `shape` was repeated."""
+    if grad.shape == shape:
+        return grad
+    n_new = grad.ndim - len(shape)  # axes that broadcasting has put in front
+    repeated = tuple(n_new + i for i, n in enumerate(shape) if n == 1)
+    return grad.sum(axis=(*range(n_new), *repeated)).reshape(shape)
+
+
+def _check_gradient(grad, parent, backward):
+    """A gradient of another shape or dtype would broadcast or upcast, and go unnoticed."""
+    dtype, shape = getattr(grad, "dtype", None), np.shape(grad)
+    if dtype != parent.dtype or shape != parent.shape:
+        raise RuntimeError(
+            f"{backward.__qualname__} returned a wrong gradient for a {parent.dtype} tensor "
+            f"of shape {parent.shape}: {grad!r}"
+        )

@@ -20,7 +20,7 @@ def run(main):
     and with 1 when nobody reads the output any more (as in `| head -1`)."""
     try:
         main()
-        print(end="", flush=True)
+        print(end="", flush=True)  # so that an error of the last write is caught here
         return
     except BrokenPipeError:
         code, message = 1, ""
@@ -79,6 +79,7 @@ def show_progress(unit, done, total, started, text):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that takes its place at `path` only once it is complete."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

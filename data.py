@@ -41,7 +41,7 @@ class Judgement:
 
 
 def prefers(terms, prefer):
-    """Whether the terms are as DPO should teach: exactly `prefer` of them.
+    """Whether an answer with these terms is preferred: by default, if there are `prefer` of them.
 
     To teach another preference, change the return line, for example to
     `terms[0] == max(terms)`: the first term is the largest. Then --prefer has no effect, and
@@ -51,7 +51,7 @@ def prefers(terms, prefer):
 
 
 def judge(line, prefer=3):
-    """The Judgement of an answer: a line as ids, with prompt, completion and end token."""
+    """The Judgement of an answer: the ids of prompt, completion and end token, without padding."""
     text = "".join(VOCAB[i] for i in line)  # an end or pad token in the middle does not parse
     if not text.endswith("<end>"):
         return Judgement(UNREADABLE)
@@ -80,8 +80,8 @@ def parse(text):
 
     Terms have one or two digits without a leading zero, and are joined by single plus signs.
     """
-    term = "[1-9][0-9]?"
-    match = re.fullmatch(rf"([0-9]{{1,3}})=({term}(?:\+{term})*)", text)
+    number = "[1-9][0-9]?"
+    match = re.fullmatch(rf"([0-9]{{1,3}})=({number}(?:\+{number})*)", text)
     if match is None:
         return None
     return int(match[1]), [int(term) for term in match[2].split("+")]
@@ -116,12 +116,12 @@ STREAMS = ["SFT lines", "DPO pairs", "held-out pairs", "answers", "excess"]
 
 
 def random_stream(seed, use, rank=0):
-    """A NumPy Generator for one of STREAMS, a different one for each process."""
+    """A NumPy Generator for one of STREAMS; each process has its own."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS.index(use), rank)))
 
 
 def python_random(rng):
-    """A random.Random seeded by a NumPy Generator: for single numbers it is several times faster."""
+    """A random.Random seeded by a NumPy Generator: several times faster for single numbers."""
     return random.Random(int(rng.integers(2**63)))
 
 
@@ -146,12 +146,12 @@ def random_lines(n, rng, targets=TRAINING):
 
 
 def lengths(ids):
-    """The tokens of each line up to the last one that is not padding: (..., T) -> (...).
+    """The number of tokens of each line, without trailing padding: (..., T) -> (...).
 
-    A pad token before that, which only a model can have written, counts.
+    A pad token before the last other token, which only a model can have written, counts.
     """
-    trailing_pads = (ids != PAD)[..., ::-1].argmax(axis=-1)
-    return ids.shape[-1] - trailing_pads
+    positions = np.arange(1, ids.shape[-1] + 1)  # (T,)
+    return (positions * (ids != PAD)).max(axis=-1)
 
 
 def completion_mask(ids):

@@ -1,4 +1,4 @@
-"""DPO: teach a trained Transformer a preference, by default exactly three numbers."""
+"""DPO: teach a trained Transformer a preference, by default for sums of exactly three terms."""
 
 import argparse
 import copy
@@ -17,8 +17,8 @@ import eval as evaluation
 from sft import completion_logps
 
 PATIENCE = 10  # rounds in a row without a pair after which training ends
-BY_RULE = 32  # every 32nd target takes its accepted answers by rule
-LOGGED = (  # of the pairs of a round, under the names that Hugging Face's TRL uses
+BY_RULE_EVERY = 32  # for every 32nd target, sums made by rule replace the accepted answers
+LOGGED = (  # means over the pairs of a round, named as in Hugging Face's TRL
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -36,7 +36,7 @@ def dpo_loss(
     reference_rejected_logps,
     beta,
 ):
-    """- mean over pairs of log sigmoid(beta h): four arrays (P,), for P pairs -> scalar Tensor.
+    """L = -mean(log sigmoid(beta h)) over P pairs: log-probabilities, (P,) each -> scalar Tensor.
 
     Rafailov et al. 2023, Eq. 7. With y_w the chosen and y_l the rejected completion of prompt x,
 
@@ -44,9 +44,9 @@ def dpo_loss(
 
     where pi is the policy, pi_ref the frozen reference, and a log-probability sums over tokens.
     Regrouped, h = (policy chosen - policy rejected) - (reference chosen - reference rejected).
-    The gradient flows to the policy alone: dL/d(chosen) = - beta sigmoid(-beta h) / P, and
-    dL/d(rejected) is its negative. The reference's log-probabilities are arrays, or Tensors made
-    under no_grad. Raises ValueError if the shapes differ.
+    The gradient should flow to the policy alone: pass the reference's log-probabilities as arrays,
+    or as Tensors made under no_grad. dL/d(chosen) = -beta sigmoid(-beta h) / P, and dL/d(rejected)
+    is its negative. Raises ValueError if the shapes differ.
     """
     if not (
         policy_chosen_logps.shape
@@ -61,7 +61,9 @@ def dpo_loss(
     return -F.log_sigmoid(beta * h).mean()
 
 
-# Where pairs come from. A pair is two lines, ids (2, T), the chosen one first.
+# Where pairs come from. A line is a prompt, its completion and the end token, as ids, such as
+# 100=10+70+20<end>. A pair is two lines that answer the same prompt, the chosen one first: (2, T).
+# The judge is data.judge: a program, not a model.
 
 
 def sample_and_judge(policy, targets, n_answers, prefer, rng):
@@ -95,34 +97,40 @@ def pair_up(judged):
 
 
 def accepted_by_rule(target, n, prefer, rng):
-    """Those of n random right sums (made as SFT's lines are) that the judge accepts."""
+    """Of n random right sums, made as SFT's lines are, those that the judge accepts.
+
+    (Sums of `prefer` terms would not do: data.prefers may have been changed.)
+    """
     rng = data.python_random(rng)
     lines = [data.random_line(target, rng.choice(data.COUNTS), rng) for _ in range(n)]
     return [line for line in lines if data.is_accepted(line, prefer)]
 
 
 def online_pairs(policy, step, world, rng, prompts, answers, prefer):
-    """--pairs online: the policy's answers as of now, judged, of `prompts` targets in all processes.
+    """--pairs online: this process's pairs of a round, from the answers of the policy as it is now.
 
-    For every 32nd target, the accepted answers are made by rule: otherwise an answer the policy has
-    stopped writing could never be chosen again, and its answers would lose variety.
+    prompts: the targets of all processes together; answers: sampled for each target.
+
+    For every 32nd target, sums made by rule replace the accepted answers: otherwise an answer the
+    policy has stopped writing could never be chosen again, and its answers would lose variety.
     """
-    # The targets of a run are numbered through all rounds; these are this process's numbers.
+    # To find every 32nd, the targets of a run are numbered through all rounds and processes.
     numbers = range(step * prompts + world.rank, (step + 1) * prompts, world.world_size)
     targets = rng.choice(data.TRAINING, len(numbers))
     judged = sample_and_judge(policy, targets, answers, prefer, rng)
-    # A policy without a single accepted answer should end the run: it has not learned the task.
+    # Where the judge accepts nothing at all, nothing is added by rule either. Without pairs the run
+    # then ends: the model has not learned the task.
     any_accepted = any(accepted for accepted, _ in judged)
     for i, number in enumerate(numbers):
-        if any_accepted and number % BY_RULE == 0:
+        if any_accepted and number % BY_RULE_EVERY == 0:
             _, rejected = judged[i]
             judged[i] = accepted_by_rule(int(targets[i]), answers, prefer, rng), rejected
     return pair_up(judged)
 
 
 class OncePairs:
-    """--pairs once: the SFT model's answers, sampled and judged before the first step, and used
-    again and again, each time in another order. They make 50 rounds of pairs."""
+    """--pairs once: what --pairs online makes of the targets of 50 rounds, but all before the first
+    step, from the answers of the SFT model. Every 50 rounds they come again in another order."""
 
     n_rounds = 50
 
@@ -163,7 +171,7 @@ def pair_logps(model, pairs):
 
 
 def pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """What a run logs of P pairs, {name: mean} in the order of LOGGED, from four Tensors (P,).
+    """What a run logs of P pairs, from four Tensors (P,): a dict of means with the names LOGGED.
 
     A reward is beta log(pi / pi_ref) (Rafailov et al. 2023, section 4).
     """
@@ -171,26 +179,26 @@ def pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta):
         loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
         chosen_rewards = (beta * (chosen - reference_chosen)).numpy()  # (P,)
         rejected_rewards = (beta * (rejected - reference_rejected)).numpy()
-    means = (
-        loss.item(),
-        chosen_rewards.mean(),
-        rejected_rewards.mean(),
-        (chosen_rewards - rejected_rewards).mean(),
-        (chosen_rewards > rejected_rewards).mean(),
-        chosen.numpy().mean(),
-        rejected.numpy().mean(),
-    )
-    return {name: float(mean) for name, mean in zip(LOGGED, means)}
+    return {
+        "loss": loss.item(),
+        "rewards/chosen": float(chosen_rewards.mean()),
+        "rewards/rejected": float(rejected_rewards.mean()),
+        "rewards/margins": float((chosen_rewards - rejected_rewards).mean()),
+        "rewards/accuracies": float((chosen_rewards > rejected_rewards).mean()),
+        "logps/chosen": float(chosen.numpy().mean()),
+        "logps/rejected": float(rejected.numpy().mean()),
+    }
 
 
-@np.errstate(all="ignore")  # an overflow shows in the loss, which is looked at
+@np.errstate(all="ignore")  # no warnings of overflow: the check of the loss reports it
 def train(world, policy, reference, make_pairs, report, rounds, beta, lr, seed):
-    """The DPO loop, which every process of `world` runs. Trains policy in place on rank 0.
+    """The DPO loop. Every process of `world` runs it on a copy of policy, and all copies take the
+    same steps. Rank 0 works on the caller's policy itself, so that one is trained in place.
 
     make_pairs(policy, step, world, rng): this process's pairs of a round, ids (P, 2, T).
     report(row, policy, pairs): called on rank 0 before the first step and after each, with that
-        round's row of the history, a dict of its number, its pairs and pair_metrics of these.
-        It may add to the row.
+        round's row of the history: its number, the pairs of all processes and, if there are any,
+        their pair_metrics, taken before the step. It may add to the row. `pairs` are rank 0's.
 
     Returns the history. Training ends early after PATIENCE rounds in a row without a pair. Raises
     UserError when the loss is no longer finite.
@@ -205,7 +213,7 @@ def train(world, policy, reference, make_pairs, report, rounds, beta, lr, seed):
 
     for step in range(rounds):
         # 1. The policy, as it is now, answers. The judge accepts or rejects; accepted answers are
-        #    paired with rejected ones.
+        #    paired with rejected ones. (That is --pairs online; see pairs_maker for the others.)
         pairs = make_pairs(policy, step, world, rng)  # (P, 2, T): chosen, rejected
         n_pairs = int(world.all_reduce(len(pairs)))  # of all processes
         row = {"round": step + 1, "pairs": n_pairs}
@@ -224,12 +232,12 @@ def train(world, policy, reference, make_pairs, report, rounds, beta, lr, seed):
                 (loss * share).backward()
                 log = pair_metrics(chosen, rejected, reference_chosen, reference_rejected, beta)
             world.all_reduce_gradients(parameters)
-            means = world.all_reduce([share * value for value in log.values()])
+            means = world.all_reduce([share * log[name] for name in LOGGED])
             row |= zip(LOGGED, means.tolist())
             if not math.isfinite(row["loss"]):
                 raise cli.UserError(f"loss {row['loss']} in round {step + 1}; try a lower --lr")
 
-            # 4. One step down.
+            # 4. One step down the gradient.
             clip_grad_norm(parameters, 1.0)
             optimizer.lr = cosine_schedule(step, rounds, lr, warmup=10)
             optimizer.step()
@@ -248,22 +256,23 @@ def train(world, policy, reference, make_pairs, report, rounds, beta, lr, seed):
 
 
 class Report:
-    """What a run prints and measures on the way: 40 times, and before the first round."""
+    """What a run measures, before the first round and 40 times on the way, and prints."""
 
     def __init__(self, reference, rounds, beta, prefer):
         self.reference, self.rounds, self.beta, self.prefer = reference, rounds, beta, prefer
-        self.pairs = held_out_pairs(reference, prefer)
+        self.held_out_pairs = held_out_pairs(reference, prefer)
         self.started = time.perf_counter()
 
     def __call__(self, row, policy, pairs):
         number = row["round"]
         if number == 1:
-            for chosen, rejected in pairs[:3]:
-                print(f"chosen {data.decode(chosen):24} rejected {data.decode(rejected)}")
+            for chosen_line, rejected_line in pairs[:3]:
+                text = f"chosen {data.decode(chosen_line):24} rejected {data.decode(rejected_line)}"
+                print(text)
         is_due = number * 40 // self.rounds > (number - 1) * 40 // self.rounds
-        if is_due or number == 0:
-            row |= measure(policy, self.reference, self.pairs, self.beta, self.prefer)
-        if (is_due or number == 1) and number > 0:
+        if is_due:  # also for number 0
+            row |= measure(policy, self.reference, self.held_out_pairs, self.beta, self.prefer)
+        if number == 1 or (is_due and number > 0):
             text = f"pairs {row['pairs']}"
             if row["pairs"]:
                 text += (
@@ -274,7 +283,10 @@ class Report:
 
 
 def held_out_pairs(reference, prefer):
-    """Ten pairs of the reference's own answers to each held-out target: ids (P, 2, T)."""
+    """Up to ten pairs of the reference's own answers to each held-out target: ids (P, 2, T).
+
+    160 answers to a target are enough for ten pairs unless the reference is nearly untrained.
+    """
     rng = data.random_stream(0, "held-out pairs")
     pairs = []
     for target in data.HELD_OUT:
@@ -284,10 +296,11 @@ def held_out_pairs(reference, prefer):
 
 
 def measure(policy, reference, pairs, beta, prefer):
-    """What a run logs of held-out targets: of fixed pairs, TRL's names with `eval_` before them; of
-    20 fresh answers to each target, their `shares` and `answers`, see eval.metrics.
+    """Metrics on held-out targets, for the history.
 
-    The random numbers are always the same, so what changes from call to call is the policy.
+    On the fixed `pairs`: pair_metrics, with `eval_` before each name. On 20 fresh answers to each
+    target: `shares` and `answers` of eval.metrics. The random numbers are the same in every call,
+    so only the policy makes a difference.
     """
     row = {}
     if len(pairs) > 0:
@@ -316,8 +329,8 @@ def parse_arguments(argv):
     parser = cli.Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--beta", type=cli.positive, default=0.8, help="how strongly to hold on to the reference")
-    add("--pairs", choices=["online", "once", "rule"], default="online",
-        help="the policy's answers, sampled before every step; the SFT model's; or sums by rule")  # fmt: skip
+    pairs_help = "the policy's fresh answers, the SFT model's (sampled once), or sums made by rule"
+    add("--pairs", choices=["online", "once", "rule"], default="online", help=pairs_help)
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
     add("--prompts", type=cli.whole(1), default=192, help="targets (by rule: pairs) in a round")
@@ -340,8 +353,8 @@ def main(argv=None):
         arguments.out, ".json", "-dist.png", "-training.png"
     )
     wrote = "replaced" if out.exists() else "wrote"
-    reference = evaluation.load(arguments.sft)
-    policy = copy.deepcopy(reference)
+    reference = evaluation.load(arguments.sft)  # frozen: no optimizer gets its weights
+    policy = copy.deepcopy(reference)  # equal to the reference until the first step
     make_pairs = pairs_maker(arguments.pairs, arguments.prompts, arguments.answers, prefer)
     report = Report(reference, rounds, beta, prefer)
 
@@ -352,6 +365,8 @@ def main(argv=None):
 
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):
+        # Does the judge reject everything or accept everything? The last row is of the policy's
+        # sampled answers to all targets.
         if rows[-1]["both"] < 0.5:
             raise cli.UserError("too few accepted answers; raise --answers or train SFT longer")
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
@@ -361,10 +376,10 @@ def main(argv=None):
     print(f"\n{evaluation.table(rows)}\n")
     for target in (96, 52, 13):  # held out
         for name, model in (("SFT", reference), ("DPO", policy)):
-            greedy = evaluation.answers_to(model, target, samples=0)[0]
-            print(name, evaluation.ANSWER.format(**greedy))
+            greedy = evaluation.answers_to(model, target, samples=0, prefer=prefer)[0]
+            print(name, evaluation.ANSWER_FORMAT.format(**greedy))
     draw(rows, dist, history, training)
-    print(f"\n{wrote} {out}, beside it log and pictures; try: python eval.py {out} --prompt 100")
+    print(f"{wrote} {out} and {log}; try: python eval.py {out} --prompt 100")
 
 
 def draw(rows, dist, history, training):
@@ -374,8 +389,10 @@ def draw(rows, dist, history, training):
 
         plots.distribution(rows, dist)
         plots.dpo_training(history, training)
+        print(f"\nwrote {dist} and {training}")
     except Exception as error:
-        print(f"the run is saved, but not its pictures: {error}")
+        message = " ".join(str(error).split())  # in one line
+        print(f"the run is saved, but not its pictures: {message}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import data
 from transformer import Transformer
 
 CHUNK = 1024  # prompts decoded together: with more, a pass no longer gets cheaper for each
-ANSWERS = 50  # sampled for each target
-ANSWER = "{mode:7}  {answer:24}  sum {sum!s:4}  {outcome}"  # a row of `answers_to` as text
+SAMPLES = 50  # answers sampled for each target
+ANSWER_FORMAT = "{mode:7}  {answer:24}  sum {sum!s:4}  {outcome}"  # a row of `answers_to` as text
 
 
 def sample(model, targets, temperature, rng):
@@ -72,17 +72,18 @@ def metrics(lines, prefer=3):
     }
 
 
-def evaluate(models, seed=0, prefer=3, answers=ANSWERS, temperature=1.0):
+def evaluate(models, seed=0, prefer=3, samples=SAMPLES, temperature=1.0):
     """Metrics of {name: model}: four rows each, greedy and sampled, held-out targets and all.
 
     A row is a dict that also says `checkpoint`, `mode` and `targets`.
     """
     rows = []
+    modes = [("greedy", 1, 0.0), ("sampled", samples, temperature)]
     for name, model in models.items():
-        for mode, repeat, scale in (("greedy", 1, 0.0), ("sampled", answers, temperature)):
+        for mode, n_samples, mode_temperature in modes:
             for which, targets in (("held-out", data.HELD_OUT), ("all", data.TARGETS)):
                 rng = data.random_stream(seed, "answers")
-                lines = sample(model, np.repeat(targets, repeat), scale, rng)
+                lines = sample(model, np.repeat(targets, n_samples), mode_temperature, rng)
                 place = {"checkpoint": name, "mode": mode, "targets": which}
                 rows.append(place | metrics(lines, prefer))
     return rows
@@ -152,8 +153,12 @@ def completion_token_logps(model, line):
 
 def load(path):
     """The model of a checkpoint of this task. UserError, one line, if there is none."""
+    path = Path(path)
     if not path.exists():
-        raise cli.UserError(f"no checkpoint at {path}; python sft.py writes one in two minutes")
+        raise cli.UserError(
+            f"no checkpoint at {path}; "
+            "train with python sft.py, then python dpo.py, or name another file"
+        )
     model = Transformer.load(path)
     if model.config.vocab_size != len(data.VOCAB):
         raise cli.UserError(f"{path} is of another task: it has other tokens; name another file")
@@ -161,26 +166,26 @@ def load(path):
 
 
 def line_of_text(text):
-    """The ids of a line such as 100=10+70+20. Raises ValueError if it is none."""
+    """The ids of a line such as 100=10+70+20, with the end token; ValueError for any other text."""
     line = data.encode(text) + [data.END]
     if data.judge(line).target not in data.TARGETS or len(line) > data.MAX_LEN:
-        raise ValueError
+        raise ValueError(f"{text!r} is not an answer")
     return line
 
 
 def parse_arguments(argv):
-    line = cli.flag_type(line_of_text, bool, "a line such as 100=10+70+20")
+    line = cli.flag_type(line_of_text, lambda line: True, "a line such as 100=10+70+20")
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     defaults = [Path("runs/sft.npz"), Path("runs/dpo.npz")]
-    add("checkpoints", nargs="*", type=Path, default=defaults,
-        help="what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)")  # fmt: skip
+    written = "what sft.py or dpo.py wrote (default: runs/sft.npz runs/dpo.npz)"
+    add("checkpoints", nargs="*", type=Path, default=defaults, help=written)
     add("--prompt", type=cli.whole(5, 100), metavar="TARGET", help="a target to answer")
     add("--samples", type=cli.whole(1), help="for each target (default: 50, or 5 with --prompt)")
     add("--temperature", type=cli.positive, default=1.0, help="of the samples (default: 1)")
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="preferred terms (default: 3)")
-    add("--tokens", type=line, nargs="+", metavar="LINE",
-        help="draw the rewards of one line or two, 100=10+70+20 100=50+50, token by token")  # fmt: skip
+    tokens_help = "draw the rewards of one line or two, 100=10+70+20 100=50+50, token by token"
+    add("--tokens", type=line, nargs="+", metavar="LINE", help=tokens_help)
     add("--beta", type=cli.positive, default=0.8, help="for --tokens (default: 0.8)")
     add("--seed", type=cli.seed, default=0, help="of the samples (default: 0)")
     add("--json", action="store_true", help="print JSON")
@@ -198,7 +203,7 @@ def main(argv=None):
     elif arguments.prompt:
         rows, text = main_prompt(models, arguments)
     else:
-        samples = arguments.samples or ANSWERS
+        samples = arguments.samples or SAMPLES
         rows = evaluate(models, arguments.seed, arguments.prefer, samples, arguments.temperature)
         text = table(rows)
     print(json.dumps(rows, indent=2) if arguments.json else text)
@@ -208,10 +213,11 @@ def main_prompt(models, arguments):
     """--prompt: answers to one target, as rows and as text."""
     rows = []
     for name, model in models.items():
-        answers = answers_to(model, arguments.prompt, arguments.samples or 5,
-                             arguments.temperature, arguments.seed, arguments.prefer)  # fmt: skip
+        samples, temperature = arguments.samples or 5, arguments.temperature
+        seed, prefer = arguments.seed, arguments.prefer
+        answers = answers_to(model, arguments.prompt, samples, temperature, seed, prefer)
         rows += [{"checkpoint": name} | answer for answer in answers]
-    return rows, "\n".join(("{checkpoint}  " + ANSWER).format(**row) for row in rows)
+    return rows, "\n".join(("{checkpoint}  " + ANSWER_FORMAT).format(**row) for row in rows)
 
 
 def main_tokens(models, arguments):

@@ -1,13 +1,20 @@
 """Every picture. Drawn on white, so that they read the same on light and on dark pages."""
 
 import contextlib
+import os
 
-import matplotlib.style
-from matplotlib.figure import Figure
-import numpy as np
+# A notebook names a backend to every program that it starts, and Matplotlib refuses to load where
+# that one is not installed. Pictures go to files here, which needs none.
+backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib.style  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+import numpy as np  # noqa: E402
 
-import data
-from cli import atomic_write
+import data  # noqa: E402
+from cli import atomic_write  # noqa: E402
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"

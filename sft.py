@@ -30,7 +30,7 @@ def completion_logps(model, ids):
 
 
 def sft_loss(model, ids):
-    """The mean of -log p(token | tokens before it) over all completion tokens: int (B, T) -> scalar.
+    """Mean of -log p(token | tokens before it) over completion tokens: int (B, T) -> scalar.
 
     Raises ValueError if there is no completion token.
     """
@@ -40,7 +40,7 @@ def sft_loss(model, ids):
     return -completion_logps(model, ids).sum() / n_tokens
 
 
-@np.errstate(all="ignore")  # an overflow shows in the loss, which is looked at
+@np.errstate(all="ignore")  # no warnings of overflow: the check of the loss reports it
 def train(world, model, report, steps, batch_size, lr, seed):
     """The SFT loop, which every process of `world` runs. Trains model in place on rank 0.
 
@@ -49,7 +49,7 @@ def train(world, model, report, steps, batch_size, lr, seed):
     """
     rng = data.random_stream(seed, "SFT lines")  # the same in every process, and so are the lines
     parameters = model.parameters()
-    # Without weight decay some targets that were never trained on stay wrong for good.
+    # Without weight decay, the answers to some held-out targets never become right.
     optimizer = AdEMAMix(parameters, lr, weight_decay=0.15)
     n_parts = world.world_size * math.ceil(batch_size / world.world_size / LINES_AT_ONCE)
     losses = []
@@ -57,8 +57,8 @@ def train(world, model, report, steps, batch_size, lr, seed):
         ids = data.random_lines(batch_size, rng)  # (B, T)
         n_tokens = data.completion_mask(ids).sum()
 
-        # 1. Each process takes its parts of the batch. Weighted by their tokens, the losses of all
-        # parts add up to the loss of the batch, and so do the gradients.
+        # 1. Each process takes its parts of the batch. A part's loss is weighted by its share of
+        #    the tokens, so the losses, and the gradients, of all parts add up to the batch's.
         loss = 0.0
         for part in data.by_length(ids, n_parts)[world.rank :: world.world_size]:
             part_loss = sft_loss(model, part) * (data.completion_mask(part).sum() / n_tokens)
@@ -69,11 +69,11 @@ def train(world, model, report, steps, batch_size, lr, seed):
             raise cli.UserError(f"the loss is {loss} at step {step + 1}; try a lower --lr")
         world.all_reduce_gradients(parameters)
 
-        # 2. One step down.
+        # 2. One step down the gradient.
         clip_grad_norm(parameters, 1.0)
         optimizer.lr = cosine_schedule(step, steps, lr, warmup=min(100, steps // 10 + 1))
-        # With a slow mean of the gradients, half the steps reach the same loss. It is ramped up,
-        # because at full weight from the start it diverges.
+        # A slow mean of the gradients reaches the same loss in half the steps. Its weight is
+        # ramped up, because at full weight from the start training diverges.
         optimizer.alpha = 16 * step / steps
         optimizer.step()
         optimizer.zero_grad()
@@ -90,11 +90,11 @@ def show(step, loss, steps, started):
 
 
 def excess_nats(model, targets, n=4000):
-    """KL(rule || model) in nats a line: how much less likely the model makes random lines of these
-    targets than the rule that made them. 0 for a perfect model.
+    """An estimate of KL(rule || model), in nats a line, for lines of these targets.
 
-    The rule draws one of four numbers of terms k, then one of binomial(m - 1, k - 1) splits of the
-    target m. The mean of log rule - log model is taken over n random lines.
+    The rule is what makes SFT's lines: it draws one of four numbers of terms k, then one of
+    binomial(m - 1, k - 1) splits of the target m. The estimate is the mean of log p_rule - log
+    p_model over n lines drawn by the rule. A perfect model has 0.
     """
     ids = data.random_lines(n, data.random_stream(0, "excess"), targets)
     excess = 0.0
@@ -145,6 +145,7 @@ def main(argv=None):
     losses = launch(arguments.processes, train, model, report, steps, batch_size, lr, seed)
     seconds = time.perf_counter() - started
 
+    model.save(out)
     rows = evaluation.evaluate({str(out): model})
     excess = {
         "trained": excess_nats(model, data.TRAINING),
@@ -157,7 +158,6 @@ def main(argv=None):
         "excess_nats": excess,
         "history": {"loss": losses},
     }
-    model.save(out)
     cli.write_json(log, facts)
     print(f"\n{evaluation.table(rows)}\n")
     print(

@@ -80,8 +80,8 @@ def initial_array(name, shape, config, rng):
 class Transformer:
     """x += attention(norm(x)); x += mlp(norm(x)) in each block; then logits = head(norm(x)).
 
-    As in Llama: RMSNorm (eps 1e-6), rotary positions (base 10,000), SwiGLU, no biases, an untied
-    head. The same seed gives the same initial weights.
+    As in Hugging Face's Llama: RMSNorm (eps 1e-6), rotary positions (base 10,000), SwiGLU, no
+    biases, an untied head. The same seed gives the same initial weights.
     """
 
     def __init__(self, config, seed=0):
@@ -113,7 +113,8 @@ class Transformer:
             or ids.max() >= vocab_size
         ):
             raise ValueError(
-                f"ids must be integers (B, T) in 0 ... {vocab_size - 1}, not {ids.dtype} {ids.shape}"
+                f"ids must be integers (B, T) in 0 ... {vocab_size - 1}, "
+                f"not {ids.dtype} {ids.shape}"
             )
 
         def attention(qkv, layer):
@@ -144,28 +145,29 @@ class Transformer:
         Raises ValueError for an empty prompt, or a temperature that does not fit.
         """
         if not temperature >= 0 or (temperature > 0 and rng is None):
-            raise ValueError(f"temperature {temperature} must be 0, or above 0 and come with rng")
+            raise ValueError(f"temperature must be 0, or above 0 with an rng; it is {temperature}")
         if len(prompts) == 0 or max_new_tokens < 1:
             return [[] for _ in prompts]
         starts = np.array([len(prompt) for prompt in prompts])  # (B,)
         if starts.min() < 1:
             raise ValueError("a prompt needs at least one token")
-        stops = starts + max_new_tokens  # (B,): moved to the end token once it is written
+        stops = (
+            starts + max_new_tokens
+        )  # (B,): one past the last token; lowered once a line has ended
         ids = data.pad(prompts, stops.max())  # (B, T), to be filled column by column
-        keys, values = self._empty_cache(ids.shape)  # of the positions that have been read
-
-        def attention(qkv, layer):
-            n_heads = self.config.n_heads
-            return F.cached_attention(qkv, n_heads, keys[layer], values[layer], position)
+        keys, values = self._empty_cache(ids.shape)  # filled up to `position`
 
         for position in range(stops.max() - 1):
-            # Read a column of ids: the logits are those of the next one, t.
-            t = position + 1
+
+            def attention(qkv, layer):
+                cache = keys[layer], values[layer]
+                return F.cached_attention(qkv, self.config.n_heads, *cache, position)
+
+            t = position + 1  # a column of ids is read, the next one is written
             with no_grad():
                 logits = self._logits(ids[:, position], attention).data  # (V, B)
             new = choose_tokens(logits, temperature, rng)  # (B,)
-            # A line whose prompt is longer than t is still being read. One that has reached its
-            # stop is finished, and what the model says to its padding is ignored.
+            # Not in lines whose prompt reaches beyond t, nor in finished ones, which read padding.
             is_writing = (starts <= t) & (t < stops)
             ids[is_writing, t] = new[is_writing]
             stops[is_writing & (new == end)] = t + 1
@@ -210,8 +212,8 @@ class Transformer:
                     parameter.data = array.astype(np.float32)
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
                 raise UserError(
-                    f"{path} is no checkpoint of this project, or it is damaged ({error}); "
-                    "train it again with python sft.py, or name another file"
+                    f"{path} is not a checkpoint of this project, or it is damaged ({error}); "
+                    "train it again, or name another file"
                 ) from error
         return model
 

@@ -13,12 +13,13 @@ if sys.version_info < (3, 10):
 # Each process uses one BLAS thread: on matrices as small as ours, several threads cost more than
 # they bring. `parallel.launch` uses the other cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")  # NumPy from conda
 os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")  # macOS
 
-# A training step allocates and frees the same few megabytes again and again. By default, the C
-# library on Linux returns large freed blocks to the operating system and has to ask for them again,
-# and a step takes 1.7 to 2 times as long. These two settings make it keep them: blocks of up to
-# 32 MB are recycled, and up to 256 MB of freed memory stay with the process.
+# A training step allocates and frees the same few megabytes again and again. By default glibc, the
+# C library of most Linux systems, returns large freed blocks to the operating system and then has
+# to ask for them again, and a step takes 1.7 to 2 times as long. With these two settings it keeps
+# them: blocks of up to 32 MB are recycled, and up to 256 MB of freed memory stay with the process.
 if sys.platform == "linux":
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -9,9 +9,11 @@ def gradcheck(fn, *arrays, step=1e-6):
     """The largest error of the gradient of `fn` at `arrays`, over all elements, in float64.
 
     fn takes a Tensor for each array and returns one. To have a single number f to differentiate,
-    its elements are summed with random weights, so that errors cannot cancel. Each element x is
-    moved to x + dx and x - dx, where dx = step * max(1, |x|), and
-        a = df/dx by backward(),  b = (f(x + dx) - f(x - dx)) / 2 dx
+    the elements of the result are summed with random weights, so that errors do not cancel by
+    chance. Each element x is moved to x + dx and x - dx, where dx = step * max(1, |x|), and
+
+        a = df/dx by backward(),   b = (f(x + dx) - f(x - dx)) / (2 dx)
+
     are compared: the error is |a - b| / max(1, |a|, |b|). With a correct gradient it is about
     1e-9, the rounding error of b.
     """

@@ -12,8 +12,9 @@ class Adam:
 
     parameters: a list of Tensors (TypeError for anything else).
     lr: the learning rate, an attribute that may change from step to step.
-    weight_decay: matrices, but not vectors, shrink by lr * weight_decay in a step (Loshchilov &
-        Hutter 2019, Algorithm 2).
+    weight_decay: before each update, matrices (not vectors) are multiplied by
+        1 - lr * weight_decay, as in PyTorch's AdamW. (In Loshchilov & Hutter 2019, Algorithm 2, the
+        factor depends on the schedule, but not on the base rate.)
 
     As in PyTorch, a parameter without a gradient is left alone: neither its momentum nor weight
     decay moves it.
@@ -21,7 +22,7 @@ class Adam:
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         if not isinstance(parameters, list) or not all(isinstance(p, Tensor) for p in parameters):
-            raise TypeError(f"parameters must be a list of Tensors, not {type(parameters)}")
+            raise TypeError("parameters must be a list of Tensors")
         self.parameters = parameters
         self.lr = lr
         self.betas = betas
@@ -32,7 +33,8 @@ class Adam:
         self.square = [np.zeros_like(p.data) for p in parameters]  # mean of their squares: v
 
     def step(self):
-        """p -= lr m_hat / (sqrt(v_hat) + eps), m_hat = m / (1 - beta1^t), v_hat likewise."""
+        """p -= lr m_hat / (sqrt(v_hat) + eps), where m_hat = m / (1 - beta1^t) and
+        v_hat = v / (1 - beta2^t)."""
         for i, p in enumerate(self.parameters):
             if p.grad is None:
                 continue
@@ -53,7 +55,7 @@ class Adam:
     def _mean_hat(self, i, grad):
         beta1 = self.betas[0]
         self.mean[i] += (1 - beta1) * (grad - self.mean[i])
-        return self.mean[i] / (1 - beta1 ** self.steps[i])  # unbiased, although m starts at 0
+        return self.mean[i] / (1 - beta1 ** self.steps[i])  # corrects for m starting at 0
 
     def zero_grad(self):
         for p in self.parameters:
@@ -61,11 +63,14 @@ class Adam:
 
 
 class AdEMAMix(Adam):
-    """Adam with a second, slower mean of the gradients (Pagliardini et al. 2025, section 3).
+    """Adam with a second, slower mean s of the gradients (Pagliardini et al. 2025, section 3).
 
-    beta3: the decay rate of the slow mean.
-    alpha: its weight beside the fast mean, an attribute that may change from step to step. It
-        starts at 0, where AdEMAMix is Adam.
+        p -= lr (m_hat + alpha s) / (sqrt(v_hat) + eps)
+
+    As in the paper, s is not corrected for starting at 0. Unlike there, beta3 is constant.
+
+    beta3: the decay rate of s.
+    alpha: the weight of s, an attribute to be raised from step to step. It starts at 0: plain Adam.
     """
 
     def __init__(self, parameters, *arguments, beta3=0.995, **options):
@@ -93,8 +98,9 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def cosine_schedule(step, total, peak, warmup):
-    """The learning rate of `step`, from 0: linearly up to `peak`, then along a half cosine to 0."""
+    """The learning rate of step 0, 1, ... total - 1: a linear rise to `peak` within the first
+    `warmup` steps, then half a cosine down towards 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)  # from 0 to 1
+    progress = (step - warmup) / max(1, total - warmup)  # from 0 to just below 1
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

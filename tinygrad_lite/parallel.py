@@ -1,8 +1,8 @@
 """One program in several processes, each with a share of the batch; their gradients are added up.
 
 As in torch.nn.parallel.DistributedDataParallel, every process holds the same weights and takes the
-same steps; only gradients and a few numbers travel. (Threads would not do: Python lets only one of
-them run at a time.)
+same steps; only gradients and a few numbers travel. (Threads would not do: Python's global lock
+lets only one of them run Python code at a time.)
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import numpy as np
 class World:
     """What a process knows of a run: its own `rank`, from 0, and the `world_size`.
 
-    World() is a process alone. Rank 0 has a pipe to every other process, these one to rank 0.
+    World() stands for a single process. Rank 0 holds a pipe to each other process; each of those
+    holds one pipe, to rank 0.
     """
 
     def __init__(self, rank=0, world_size=1, pipes=()):
@@ -26,9 +27,9 @@ class World:
         """The sum of `array` over all processes. All of them must call this, with like arrays.
 
         Rank 0 adds up in rank order, so the sum has the same bits in every process and every run.
-        Raises what another process has raised, and EOFError if one was killed.
+        Raises what another process has raised; EOFError or ConnectionResetError if one was killed.
         """
-        return self._add_up({"array": np.asarray(array)})["array"]
+        return self._exchange({"array": np.asarray(array)})["array"]
 
     def all_reduce_gradients(self, parameters):
         """Replace the .grad of every parameter by its sum over all processes.
@@ -36,59 +37,61 @@ class World:
         None counts as zero, but stays None if it is None in every process.
         """
         grads = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
-        for i, total in self._add_up(grads).items():
+        for i, total in self._exchange(grads).items():
             parameters[i].grad = total
 
-    def _add_up(self, arrays):
-        """The sums of a dict of arrays; a process may lack some of them."""
+    def _exchange(self, values):
+        """Each process contributes a dict; all get the union, with the arrays of a key added up."""
         if self.rank > 0:
-            self.pipes[0].send(arrays)
+            self.pipes[0].send(values)
             return self.pipes[0].recv()
         for pipe in self.pipes:
             received = pipe.recv()
             if isinstance(received, Exception):
                 raise received
             for key, array in received.items():
-                arrays[key] = arrays.get(key, 0) + array
+                # Without asarray, a sum of shape () would be a NumPy scalar.
+                values[key] = np.asarray(values.get(key, 0) + array)
         for pipe in self.pipes:
-            with contextlib.suppress(OSError):  # killed just now, which the next recv() will tell
-                pipe.send(arrays)
-        return arrays
+            with contextlib.suppress(OSError):  # killed just now; the next recv() reports it
+                pipe.send(values)
+        return values
 
 
 def launch(world_size, function, *arguments):
-    """Run function(world, *arguments) in world_size processes; return what it returns on rank 0.
+    """Run function(world, *arguments) in world_size processes; return rank 0's result.
 
-    Rank 0 is the calling process itself, so there the function may change its arguments in place.
-    The others are started afresh: they import the function, which must stand at the top of a
-    module, and receive pickled copies of the arguments. An exception in any process ends all of
-    them and is raised here; EOFError if one was killed.
+    Rank 0 is the calling process, so there the function can change its arguments in place. The
+    others are new Python processes. They import the function, which must be defined at the top of
+    a module, and get pickled copies of the arguments. An exception in any process ends them all
+    and is raised here; EOFError or ConnectionResetError means that one was killed.
     """
-    context = multiprocessing.get_context("spawn")
     world = World(0, world_size, pipes=[])
-    # In a terminal, Ctrl-C reaches all processes. Rank 0 ends the others, so they must ignore it;
-    # a process ignores what was ignored where it was started.
+    # In a terminal, Ctrl-C reaches every process. Rank 0 ends the others, so they must ignore it:
+    # a process ignores what its parent ignored when starting it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.ExitStack() as at_exit:  # however it ends; the last callback runs first
         at_exit.callback(signal.signal, signal.SIGINT, handler)
         for rank in range(1, world_size):
-            pipe, their_pipe = context.Pipe()
+            pipe, their_pipe = multiprocessing.Pipe()
             theirs = World(rank, world_size, [their_pipe])
-            process = context.Process(target=_work, args=(theirs, function, arguments), daemon=True)
+            process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs,))
             process.start()
             at_exit.callback(process.join)
             at_exit.callback(process.kill)
             world.pipes.append(pipe)
-            their_pipe.close()  # they have a copy; with theirs alone open, the pipe ends with them
+            their_pipe.close()  # they have a copy; if ours were open, we would not see it close
         signal.signal(signal.SIGINT, handler)
+        world._exchange({"work": (function, arguments)})
         result = function(world, *arguments)
-        world.all_reduce(0)  # wait for the others, and hear of a late exception
+        world.all_reduce(0)  # wait for the others; raises if one of them failed late
         return result
 
 
-def _work(world, function, arguments):
+def _work(world):
     """What a process other than rank 0 runs."""
     try:
+        function, arguments = world._exchange({})["work"]
         function(world, *arguments)
         world.all_reduce(0)
     except Exception as error:

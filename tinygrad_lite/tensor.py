@@ -1,9 +1,9 @@
 """Tensor: reverse-mode automatic differentiation of NumPy code.
 
-Every op follows one pattern. It computes its result `out` with NumPy, and returns
-`Tensor(out, parents=..., backward=...)`: the result, the Tensors it was computed from, and a function that
-applies the chain rule. With L the loss, `backward` takes dL/d(out) and returns dL/d(parent) for
-each parent. It must not write into the array it is given: another op may hold the same one.
+Every op follows one pattern. It computes its result `out` with NumPy and returns
+`Tensor(out, parents=..., backward=...)`. The parents are the Tensors that `out` was computed from.
+`backward` applies the chain rule: with L the loss, it takes dL/d(out) and returns dL/d(parent) for
+each parent. It must not write into the array it is given, because another op may hold the same one.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ def no_grad():
 class Tensor:
     """An array that remembers how it was computed.
 
-    data: an ndarray, list or number. A float64 array stays float64, any other real numbers become
-        float32; TypeError for anything else. The array is not copied, and must not be changed in
-        place between the forward pass and backward().
+    data: an ndarray, list or number. A float64 array or NumPy scalar stays float64; any other real
+        numbers become float32. TypeError for anything else. An array that keeps its dtype is not
+        copied. It must not be changed in place between the forward pass and backward().
     grad: None, or an array of data's shape and dtype, to which backward() adds.
     requires_grad: True for a leaf that should receive a gradient, and for all computed from it.
 
     Operands broadcast as in NumPy. Numbers, lists and arrays among them are constants, and take the
-    dtype of the Tensor. Two Tensors must have the same dtype (TypeError): a single float64 constant
-    would otherwise turn a whole float32 model into float64.
+    dtype of the Tensor. Two Tensors must have the same dtype (TypeError): otherwise one float64
+    Tensor would turn everything computed from it into float64.
     """
 
     __array_ufunc__ = None  # makes ndarray + Tensor call Tensor.__radd__
@@ -270,7 +270,9 @@ class Tensor:
         if not isinstance(value, Tensor):
             return Tensor(_to_array(value, self.dtype))
         if value.dtype != self.dtype:
-            raise TypeError(f"a {self.dtype} tensor meets a {value.dtype} one; convert one first")
+            raise TypeError(
+                f"cannot combine {self.dtype} and {value.dtype} Tensors; convert one first"
+            )
         return value
 
     # Python's protocols answer as the array does. Without these methods, Python would make up its
@@ -297,8 +299,8 @@ class Tensor:
     __hash__ = object.__hash__  # a Tensor is a key by identity, not by its numbers
 
     def __getstate__(self):
-        """What copy.deepcopy and pickle take. A copied result would have copied parents, and the
-        leaves it was computed from would get no gradient: so only leaves can be copied."""
+        """The state for copy.deepcopy and pickle. Only leaves can be copied: a copied result would
+        point to copied leaves, and the original ones would get no gradient."""
         if self.parents != ():
             raise TypeError("only a leaf Tensor can be copied or pickled; call detach() first")
         return self.__dict__
@@ -346,7 +348,8 @@ def _sum_to(grad, shape):
 
 
 def _check_gradient(grad, parent, backward):
-    """A gradient of another shape or dtype would broadcast or upcast, and go unnoticed."""
+    """RuntimeError unless `grad` has parent's shape and dtype: NumPy would silently broadcast or
+    upcast it."""
     dtype, shape = getattr(grad, "dtype", None), np.shape(grad)
     if dtype != parent.dtype or shape != parent.shape:
         raise RuntimeError(

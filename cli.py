@@ -67,7 +67,7 @@ def whole(low, high=2**31):
 
 positive = flag_type(float, lambda x: 0 < x < 1e30, "above 0 and below 1e30")
 seed = whole(0, 2**63 - 1)
-checkpoint_path = flag_type(Path, lambda path: path.suffix == ".npz", "a file name ending in .npz")
+checkpoint_path = flag_type(Path, lambda p: p.suffix == ".npz" and not p.is_dir(), "a .npz file")
 
 
 def show_progress(unit, done, total, started, text):

@@ -2,107 +2,164 @@
 
     python benchmarks/train_step.py --sizes default --rounds 2
 
-A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, for the same
-weights and batch; the losses of the first steps must agree to 1e-4. PyTorch (fused Adam,
-scaled_dot_product_attention) gets the better of one thread and one for each core, JAX one jitted
-step on donated buffers. `products` are the step's matrix products alone, in the engine's layout;
-`real_sorted` is sft.train itself, on lines of the task, which are shorter.
+A step is forward, backward, clipping to norm 1 and Adam, in float32 on all cores, with the same
+weights and the same batch; the losses of the first steps must agree to 1e-4. For PyTorch (fused
+Adam, scaled_dot_product_attention) the better of one thread and one for each core counts. JAX makes
+one jitted step on donated buffers. `products` are the step's matrix products alone, in the engine's
+layout. `real_sorted` is sft.train itself, on lines of the task, most of which are shorter.
 """
 
 import argparse
-import itertools
+import math
+import time
 from functools import partial
 
-from common import CORES, SIZES, VOCABULARY, new_model, new_parser, run, time_calls
-import cli
-import data
+from common import CORES, SIZES, Contestant, new_model, new_parser, run, time_call
 from tinygrad_lite import Adam, clip_grad_norm, functional as F
 import numpy as np
+
+import cli
+import data
 import sft
 
 LEARNING_RATE, BETAS, EPS, MAX_NORM = 1e-3, (0.9, 0.99), 1e-8, 1.0
+N_FIRST = 10  # steps that are not timed, and whose losses must agree
+VOCABULARY = len(data.VOCAB)
 
 
 def random_ids(size):
+    """Inputs and, one position later, targets: (B, T + 1)."""
     return np.random.default_rng(0).integers(0, VOCABULARY, (size.lines, size.tokens + 1))
 
 
-def numpy_step(world, size, threads):
-    """As sft.train: a function that makes a step and returns the loss, here of every token."""
-    model, shards = new_model(size), np.array_split(random_ids(size), size.lines // sft.SHARD)
+# Each of these gives what `work` returns: the losses of the first steps and the milliseconds of
+# n_steps later ones. All but real_sorted do so through `measure`.
+
+
+def measure(step, n_steps):
+    """The losses of step(), N_FIRST times, and the milliseconds of n_steps more calls."""
+    losses = [step() for _ in range(N_FIRST)]
+    times = [time_call(step) for _ in range(n_steps)]
+    return {"check": losses, "times": times}
+
+
+def own_parts(world, ids):
+    """This process's parts of a batch, of equal size, divided as in sft.train."""
+    n_parts = world.world_size * math.ceil(len(ids) / world.world_size / sft.LINES_AT_ONCE)
+    parts = np.array_split(ids, n_parts)[world.rank :: world.world_size]
+    return [part for part in parts if len(part) > 0]
+
+
+def numpy_engine(world, size, threads, n_steps):
+    """A step of sft.train, except that it has Adam, and a batch whose every token counts."""
+    model = new_model(size)
     parameters = model.parameters()
     optimizer = Adam(parameters, LEARNING_RATE, BETAS, EPS)
+    parts = own_parts(world, random_ids(size))
 
     def step():
-        batch_loss = 0.0
-        for ids in world.share(shards):
+        loss = 0.0
+        for ids in parts:
             logps = F.token_log_probs(model(ids[:, :-1]), ids[:, 1:].ravel())
-            loss = -logps.sum() / (size.lines * size.tokens)
-            loss.backward()
-            batch_loss += loss.item()
-        batch_loss = world.all_reduce_gradients(parameters, batch_loss).item()
+            part_loss = -logps.sum() / (size.lines * size.tokens)
+            part_loss.backward()
+            loss += part_loss.item()
+        loss = float(world.all_reduce(loss))
+        world.all_reduce_gradients(parameters)
         clip_grad_norm(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return batch_loss
+        return loss
 
-    return step
+    return measure(step, n_steps)
 
 
-def real_step(world, size, threads):
+def real_sorted(world, size, threads, n_steps):
+    """sft.train, timed from report to report: a step, and the making of its lines."""
+    moments = []
+
+    def report(step, loss):  # called on rank 0 alone, whose result counts
+        moments.append(time.perf_counter())
+
+    n_all = N_FIRST + n_steps
+    losses = sft.train(world, new_model(size), report, n_all, size.lines, lr=LEARNING_RATE, seed=0)
+    times = 1000 * np.diff(moments)[N_FIRST - 1 :]
+    return {"check": losses[:N_FIRST], "times": times.tolist()}
+
+
+def products(world, size, threads, n_steps):
+    """The matrix products of a step: of each layer, and of attention for each line and head.
+
+    The embedding's gradient is left out, because it need not be a product.
+    """
+    d, hidden, head = size.d_model, size.d_hidden, size.d_model // size.n_heads
+    layers = [(3 * d, d), (d, d), (2 * hidden, d), (d, hidden)] * size.n_layers
+    layers.append((VOCABULARY, d))  # the head
     rng = np.random.default_rng(0)
-    batches = (data.random_lines(size.lines, rng) for _ in itertools.count())
-    return partial(next, sft.train(new_model(size), batches, 10**6, LEARNING_RATE, world))
-
-
-def products_step(world, size, threads):
-    """A layer makes W x, W^T g and g x^T; attention K^T Q, Q S and K S^T, twice, for each line and
-    head. The embedding's gradient is no product by nature, and left out."""
-    rng, d, hidden, products = np.random.default_rng(0), size.d_model, size.d_hidden, []
-    layers = [(3 * d, d), (d, d), (2 * hidden, d), (d, hidden)] * size.n_layers + [(VOCABULARY, d)]
     array = partial(rng.standard_normal, dtype=np.float32)
-    n, head = sft.SHARD * size.tokens, d // size.n_heads
-    for _ in world.share(range(size.lines // sft.SHARD)):
+
+    pairs = []  # of factors
+    for part in own_parts(world, random_ids(size)):
+        n_lines = len(part)
+        n = n_lines * size.tokens
         for outputs, inputs in layers:
             weight, x, grad = array((outputs, inputs)), array((inputs, n)), array((outputs, n))
-            products += [(weight, x), (weight.T, grad), (grad, x.T)]
-        for _ in range(size.n_layers):  # (H, B, ..., T), as in functional.causal_attention
-            q, k = array((2, size.n_heads, head, sft.SHARD, size.tokens)).swapaxes(2, 3)
-            s = array((size.tokens, size.n_heads, sft.SHARD, size.tokens)).transpose(1, 2, 0, 3)
-            products += 2 * [(k.swapaxes(2, 3), q), (q, s), (k, s.swapaxes(2, 3))]
-    products = [(a, b, a @ b) for a, b in products]
+            pairs += [
+                (weight, x),  # forward
+                (weight.T, grad),  # the gradient of x
+                (grad, x.T),  # the gradient of the weight
+            ]
+        for _ in range(size.n_layers):
+            # As in functional.causal_attention: (H, B, d, T), where q and k are views.
+            q, k = array((2, size.n_heads, head, n_lines, size.tokens)).swapaxes(2, 3)
+            scores = array((size.tokens, size.n_heads, n_lines, size.tokens))  # keys first
+            p = scores.transpose(1, 2, 0, 3)  # (H, B, T keys, T queries)
+            pairs += [
+                (k.swapaxes(2, 3), q),  # scores
+                (k, p),  # output
+                (k.swapaxes(2, 3), q),  # the gradient of the weights
+                (k, p),  # of q
+                (q, p.swapaxes(2, 3)),  # of k
+                (q, p.swapaxes(2, 3)),  # of v
+            ]
+    outs = [a @ b for a, b in pairs]
 
     def step():
-        for a, b, out in products:
+        for (a, b), out in zip(pairs, outs):
             np.matmul(a, b, out=out)
-        return float(world.all_reduce(0.0))  # waits for all
+        return float(world.all_reduce(0.0))  # waits for all processes
 
-    return step
+    return measure(step, n_steps)
 
 
-def torch_step(world, size, threads, compiled=False):
+def torch_model(world, size, threads, n_steps, compiled=False):
     import torch
 
     torch.set_num_threads(threads)
     ids = torch.from_numpy(random_ids(size))
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
-    weights = {
-        name: torch.tensor(p.data.T.copy() if name == "embedding" else p.data, requires_grad=True)
-        for name, p in new_model(size).named_parameters().items()
-    }
-    parameters, loss_fn = list(weights.values()), torch_loss(size, weights)
+    inputs = ids[:, :-1].contiguous()  # (B, T)
+    targets = ids[:, 1:].reshape(-1)  # (B T,)
+    weights = {}
+    for name, parameter in new_model(size).named_parameters().items():
+        array = parameter.data
+        if name == "embedding":
+            array = array.T.copy()  # ours has a column for each token, theirs a row
+        weights[name] = torch.tensor(array, requires_grad=True)
+    parameters = list(weights.values())
+    loss_function = torch_loss(size, weights)
+    if compiled:
+        loss_function = torch.compile(loss_function)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE, BETAS, EPS, fused=True)
-    loss_fn = torch.compile(loss_fn) if compiled else loss_fn
 
     def step():
         optimizer.zero_grad()
-        loss = loss_fn(inputs, targets)
+        loss = loss_function(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         return loss.item()
 
-    return step
+    return measure(step, n_steps)
 
 
 def torch_loss(size, p):
@@ -110,15 +167,16 @@ def torch_loss(size, p):
     import torch
     import torch.nn.functional as TF
 
-    width, half = (size.d_model,), size.d_model // size.n_heads // 2
-    cos, sin = map(torch.from_numpy, rotary_tables(size))  # (T, d)
+    width = (size.d_model,)
+    half = size.d_model // size.n_heads // 2
+    cos, sin = (torch.from_numpy(table) for table in rotary_tables(size))  # (T, d) each
 
     def attention(qkv):
         heads = qkv.view(*qkv.shape[:2], 3, size.n_heads, -1).permute(2, 0, 3, 1, 4)
-        qk = heads[:2]  # (2, B, H, T, d)
+        qk, v = heads[:2], heads[2]  # (2, B, H, T, d) and (B, H, T, d)
         q, k = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
-        out = TF.scaled_dot_product_attention(q, k, heads[2], is_causal=True)
-        return out.transpose(1, 2).flatten(2)
+        out = TF.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def loss(ids, targets):
         x = TF.embedding(ids, p["embedding"])
@@ -143,36 +201,43 @@ def rotary_tables(size):
     return np.hstack([cos, cos]), np.hstack([-sin, sin])
 
 
-def jax_step(world, size, threads):
+def jax_model(world, size, threads, n_steps):
     import jax
     import jax.numpy as jnp
 
-    weights = {
-        name: jnp.array(p.data.T.copy())  # (inputs, outputs), for x @ W
-        for name, p in new_model(size).named_parameters().items()
-    }
-    mean, square = (jax.tree.map(jnp.zeros_like, weights) for _ in range(2))
-    state, ids = [weights, mean, square, jnp.zeros((), jnp.int32)], jnp.array(random_ids(size))
+    weights = {}
+    for name, parameter in new_model(size).named_parameters().items():
+        weights[name] = jnp.array(parameter.data.T.copy())  # (inputs, outputs), for x @ W
+    mean = jax.tree.map(jnp.zeros_like, weights)
+    square = jax.tree.map(jnp.zeros_like, weights)
+    n_updates = jnp.zeros((), jnp.int32)
+    ids = jnp.array(random_ids(size))
     loss_and_grad = jax.value_and_grad(jax_loss(size))
 
     @partial(jax.jit, donate_argnums=(0, 1, 2, 3))
-    def update(weights, mean, square, steps, ids):
+    def update(weights, mean, square, n_updates, ids):
         loss, grads = loss_and_grad(weights, ids)
         norm = jnp.sqrt(sum(jnp.vdot(grad, grad) for grad in grads.values()))
-        scale, steps = jnp.minimum(1.0, MAX_NORM / norm), steps + 1
+        scale = jnp.minimum(1.0, MAX_NORM / norm)
+        n_updates = n_updates + 1
+        beta1, beta2 = BETAS
         for name, grad in grads.items():
             grad = grad * scale
-            mean[name] = BETAS[0] * mean[name] + (1 - BETAS[0]) * grad
-            square[name] = BETAS[1] * square[name] + (1 - BETAS[1]) * grad * grad
-            root = jnp.sqrt(square[name] / (1 - BETAS[1] ** steps))
-            weights[name] -= LEARNING_RATE / (1 - BETAS[0] ** steps) * mean[name] / (root + EPS)
-        return loss, (weights, mean, square, steps)
+            mean[name] = beta1 * mean[name] + (1 - beta1) * grad
+            square[name] = beta2 * square[name] + (1 - beta2) * grad * grad
+            mean_hat = mean[name] / (1 - beta1**n_updates)
+            square_hat = square[name] / (1 - beta2**n_updates)
+            weights[name] -= LEARNING_RATE * mean_hat / (jnp.sqrt(square_hat) + EPS)
+        return loss, weights, mean, square, n_updates
+
+    state = weights, mean, square, n_updates
 
     def step():
-        loss, state[:] = jax.block_until_ready(update(*state, ids))
+        nonlocal state
+        loss, *state = jax.block_until_ready(update(*state, ids))
         return float(loss)
 
-    return step
+    return measure(step, n_steps)
 
 
 def jax_loss(size):
@@ -181,7 +246,7 @@ def jax_loss(size):
     import jax.numpy as jnp
 
     half = size.d_model // size.n_heads // 2
-    cos, sin = (table[:, None] for table in rotary_tables(size))  # (T, 1, d)
+    cos, sin = (table[:, None] for table in rotary_tables(size))  # (T, 1, d) each
     hidden_later = jnp.triu(jnp.full((size.tokens, size.tokens), -jnp.inf), 1)
 
     def norm(x, weight):
@@ -189,8 +254,9 @@ def jax_loss(size):
 
     def attention(qkv):
         heads = qkv.reshape(*qkv.shape[:2], 3, size.n_heads, -1)  # (B, T, 3, H, d)
-        q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
-        q, k = (x * cos + jnp.roll(x, half, axis=-1) * sin for x in (q, k))
+        q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]  # (B, T, H, d) each
+        q = q * cos + jnp.roll(q, half, axis=-1) * sin
+        k = k * cos + jnp.roll(k, half, axis=-1) * sin
         scores = jnp.einsum("bqhd,bkhd->bhqk", q * (2 * half) ** -0.5, k) + hidden_later
         out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
         return out.reshape(*qkv.shape[:2], -1)
@@ -209,46 +275,55 @@ def jax_loss(size):
     return loss
 
 
-CONTESTANTS = {  # name: (step, [(processes, threads), ...])
-    "numpy": (numpy_step, [(CORES, 1)]),
-    "numpy_1_thread": (numpy_step, [(1, 1)]),
-    "torch_eager": (torch_step, [(1, 1), (1, CORES)]),
-    "torch_compile": (partial(torch_step, compiled=True), [(1, 1), (1, CORES)]),
-    "jax": (jax_step, [(1, CORES)]),
-    "products": (products_step, [(CORES, 1)]),
-    "real_sorted": (real_step, [(CORES, 1)]),
+CONTESTANTS = {
+    "numpy": Contestant(numpy_engine, [(CORES, 1)]),
+    "numpy_1_thread": Contestant(numpy_engine, [(1, 1)]),
+    "torch_eager": Contestant(torch_model, [(1, 1), (1, CORES)]),
+    "torch_compile": Contestant(partial(torch_model, compiled=True), [(1, 1), (1, CORES)]),
+    "jax": Contestant(jax_model, [(1, CORES)]),
+    "products": Contestant(products, [(CORES, 1)]),
+    "real_sorted": Contestant(real_sorted, [(CORES, 1)]),
 }
+SAME_STEP = ["numpy_1_thread", "torch_eager", "torch_compile", "jax"]  # as `numpy`
 
 
-def work(world, new_step, threads, size, arguments):
-    """One turn of one contestant: the losses of the first steps, and the times of later ones."""
-    step = new_step(world, SIZES[size], threads)
-    return {"check": [step() for _ in range(10)], "times": time_calls(step, world, arguments.steps)}
+def work(world, contestant, threads, size, arguments):
+    """One turn of one contestant."""
+    return contestant(world, SIZES[size], threads, arguments.steps)
 
 
 def report(name, scores, arguments):
-    """The median milliseconds of each. Exits unless the losses of all libraries agree."""
-    size, own = SIZES[name], scores["numpy"].check
-    for library in ("numpy_1_thread", "torch_eager", "torch_compile", "jax"):
-        found = scores[library].check if scores[library] else own
-        if not np.allclose(found, own, rtol=1e-4, atol=0):
-            raise SystemExit(f"{library} does not do the same step: losses {found}, not {own}")
-    medians = {step: score and round(score.median, 3) for step, score in scores.items()}
-    title = ", ".join(f"{key} {value}" for key, value in size._asdict().items())
-    return {"size": size._asdict(), **medians}, f"{name}: {title}", size.lines, "lines"
+    """The median milliseconds of each. Raises UserError unless all compute the same losses."""
+    size = SIZES[name]
+    losses = scores["numpy"].check
+    for library in SAME_STEP:
+        if scores[library] is not None:
+            found = scores[library].check
+            if not np.allclose(found, losses, rtol=1e-4, atol=0):
+                raise cli.UserError(
+                    f"{library} does not do the same step: losses {found}, not {losses}"
+                )
+    record = {"size": size._asdict()}
+    for contestant, score in scores.items():
+        record[contestant] = None if score is None else round(score.median, 3)
+    sizes = ", ".join(f"{key} {value}" for key, value in size._asdict().items())
+    return record, f"{name}: {sizes}", size.lines, "lines"
 
 
 def size_names(text):
+    """The type of --sizes."""
     names = text.split(",")
-    if not set(names) <= set(SIZES):
-        raise argparse.ArgumentTypeError(f"must be some of {','.join(SIZES)}, not {text!r}")
+    for name in names:
+        if name not in SIZES:
+            raise argparse.ArgumentTypeError(f"must be some of {','.join(SIZES)}, not {text!r}")
     return names
 
 
 def main():
     parser = new_parser("Time one training step here, in PyTorch and in JAX.")
-    parser.add_argument("--sizes", type=size_names, default=",".join(SIZES), help="some of these")
-    parser.add_argument("--steps", type=cli.whole(1), default=60, help="timed steps in a turn")
+    add = parser.add_argument
+    add("--sizes", type=size_names, default=",".join(SIZES), help="some of these")
+    add("--steps", type=cli.whole(1), default=60, help="timed steps in a turn")
     run(parser, "sizes", CONTESTANTS, work, report)
 
 

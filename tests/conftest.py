@@ -9,9 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tinygrad_lite  # noqa: E402, F401  before NumPy, for its BLAS threads
 from hypothesis import settings  # noqa: E402
 
-# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+# A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# No database of earlier failures: a run depends on nothing that another run left behind.
+
+# No time limit for an example, because a busy machine is no error, and no database, because a run
+# should not depend on what an earlier one left behind. In CI the examples are always the same.
 settings.register_profile(
     "project", deadline=None, max_examples=25, database=None, derandomize="CI" in os.environ
 )

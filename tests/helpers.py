@@ -1,4 +1,4 @@
-"""What the tests share: strategies, random arrays, tiny models, answers, the tape, programs."""
+"""What several test files use: random arrays, tiny models, answers as ids, the programs."""
 
 import subprocess
 import sys
@@ -15,45 +15,53 @@ from tinygrad_lite import Tensor
 from transformer import Config, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-6  # of gradcheck: central differences in float64 are good to about 1e-9
-TINY = [
-    "--d-model",
-    "8",
-    "--n-layers",
-    "1",
-    "--n-heads",
-    "2",
-    "--d-hidden",
-    "8",
-    "--batch-size",
-    "4",
-    "--processes",
-    "1",
-]  # an sft run that takes a second
+
+# The programs, each with flags for a run that takes about a second.
+TINY = "--d-model 8 --n-layers 1 --n-heads 2 --d-hidden 8 --batch-size 4 --processes 1".split()
+RULE = "--pairs rule --prompts 4 --rounds 3 --processes 1".split()
 MAINS = {"sft": sft.main, "dpo": dpo.main, "eval": evaluation.main}
-RULE = ["--pairs", "rule", "--prompts", "4", "--rounds", "3", "--processes", "1"]
-RUNS = {"sft": [*TINY, "--steps", "3"], "dpo": ["--sft", "sft.npz", *RULE], "eval": ["sft.npz"]}
-LAYOUTS = [
-    np.asfortranarray,
-    lambda x: x[..., ::-1].copy()[..., ::-1],
-    lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
-]  # the same numbers, elsewhere in memory
+RUNS = {
+    "sft": [*TINY, "--steps", "3"],
+    "dpo": ["--sft", "sft.npz", *RULE],
+    "eval": ["sft.npz"],
+}
+
+# Gradients are checked in float64, where a correct one passes gradcheck with an error of about
+# 1e-9. A wrong one misses by far more than this.
+TOLERANCE = 1e-6
+
+# Strategies: what hypothesis draws.
 seeds = st.integers(0, 2**32 - 1)
 term_lists = st.lists(st.integers(1, 99), min_size=1, max_size=6)
-sums = st.tuples(st.integers(0, 999), term_lists) | term_lists.map(lambda t: (sum(t), t))
+right_sums = term_lists.map(lambda terms: (sum(terms), terms))
+sums = right_sums | st.tuples(st.integers(0, 999), term_lists)  # (target, terms), right or wrong
+
+
+# Arrays and Tensors.
 
 
 def normal(seed, *shape, dtype=np.float64):
     """Standard normal numbers."""
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.standard_normal(shape), dtype)
 
 
 def positive(seed, *shape):
     """Numbers from 0.5 to 2, where 1 / x, log x and x ** p are smooth."""
-    return np.asarray(np.random.default_rng(seed).uniform(0.5, 2, shape))
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.uniform(0.5, 2, shape))
+
+
+# The same numbers, elsewhere in memory.
+LAYOUTS = {
+    "columns first": np.asfortranarray,
+    "backwards": lambda array: array[..., ::-1].copy()[..., ::-1],
+    "every second": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+}
 
 
 def leaf(data):
+    """A Tensor that receives a gradient."""
     return Tensor(data, requires_grad=True)
 
 
@@ -63,49 +71,68 @@ def log_softmax(logits):
 
 
 def tape(root):
-    """Every Tensor that `root` was computed from, and `root` itself."""
-    nodes = [root]
-    for node in nodes:  # which grows
-        nodes += set(node.parents) - set(nodes)
-    return set(nodes)
+    """The set of every Tensor that `root` was computed from, with `root` itself."""
+    nodes = set()
+    to_visit = [root]
+    while to_visit:
+        node = to_visit.pop()
+        if node not in nodes:
+            nodes.add(node)
+            to_visit.extend(node.parents)
+    return nodes
 
 
-def read_only_gradients(root):
-    """`root`, each op of which will be handed gradients that it cannot write into."""
+def hand_out_read_only_gradients(root):
+    """Make backward() of `root` give each op a gradient that it cannot write into.
+
+    An op that writes into it anyway raises ValueError.
+    """
     for node in tape(root):
+        if node.backward_fn is not None:
+            node.backward_fn = _with_read_only_gradient(node.backward_fn)
 
-        def backward(grad, inner=node.backward_fn):
-            return inner(np.broadcast_to(grad, np.shape(grad)))  # a read-only view
 
-        node.backward_fn = node.backward_fn and backward
-    return root
+def _with_read_only_gradient(backward):
+    def backward_of_read_only(grad):
+        return backward(np.broadcast_to(grad, grad.shape))  # a view that is read-only
+
+    return backward_of_read_only
+
+
+# Models.
 
 
 def tiny_model(seed=0, dtype=np.float32, vocab_size=7, n_layers=2):
     """A whole model of some 900 parameters; in float64, rounding cannot blur a comparison."""
-    model = Transformer(
-        Config(vocab_size, d_model=8, n_layers=n_layers, n_heads=2, d_hidden=6, max_len=16),
-        seed=seed,
-    )
+    config = Config(vocab_size, d_model=8, n_layers=n_layers, n_heads=2, d_hidden=6)
+    model = Transformer(config, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.astype(dtype)
     return model
 
 
 def model_of_the_task(seed=0, dtype=np.float32):
+    """A tiny model with the vocabulary of the task."""
     return tiny_model(seed, dtype, vocab_size=len(data.VOCAB))
 
 
 def weights(model):
-    return np.concatenate([p.data.ravel() for p in model.parameters()])
+    """All parameters, one after the other, as one vector."""
+    return np.concatenate([parameter.data.ravel() for parameter in model.parameters()])
 
 
 def save_model(path, vocab_size=len(data.VOCAB), seed=0):
-    Transformer(Config(vocab_size, 8, 1, 2, 8, data.MAX_LEN), seed).save(path)
+    """Write the checkpoint of a tiny untrained model; return its path."""
+    config = Config(vocab_size, d_model=8, n_layers=1, n_heads=2, d_hidden=8)
+    Transformer(config, seed).save(path)
     return path
 
 
+# Lines of the task.
+
+
 def text_of(target, terms):
+    """(10, [2, 8]) -> "10=2+8"."""
     return f"{target}={'+'.join(map(str, terms))}"
 
 
@@ -115,18 +142,20 @@ def answer(target, terms):
 
 
 def read(ids):
+    """(target, terms) of a line of ids; None if it does not parse."""
     return data.parse(data.decode(ids))
 
 
-def random_batch(seed, n=40, *targets):
-    return data.random_lines(n, np.random.default_rng(seed), *targets)
+def random_batch(seed, n=40, targets=data.TRAINING):
+    """n lines as SFT makes them: ids (n, T)."""
+    return data.random_lines(n, np.random.default_rng(seed), targets)
 
 
-def flip(content, bit):
-    """`content`, bytes, with one bit flipped."""
-    content = bytearray(content)
-    content[bit // 8] ^= 1 << bit % 8
-    return bytes(content)
+# The programs and their parts.
+
+
+def ignore(*arguments):
+    """A `report` for training loops whose progress is of no interest. It can be pickled."""
 
 
 def run(program, *flags, timeout=60, **options):
@@ -135,6 +164,16 @@ def run(program, *flags, timeout=60, **options):
         [sys.executable, ROOT / f"{program}.py", *map(str, flags)],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=timeout,
         **options,
     )
+
+
+# The files of the project.
+
+
+def is_ours(path):
+    """Whether a file below ROOT belongs to the project, not to a virtual environment or a run."""
+    folders = path.relative_to(ROOT).parts[:-1]
+    return not any(folder.startswith(".") or folder in ("runs", "mutants") for folder in folders)

@@ -1,8 +1,10 @@
 """One program in several processes: sums, gradients and weights to the bit; errors and deaths."""
 
+import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,196 +16,368 @@ import pytest
 import data
 import sft
 from cli import UserError
-from helpers import ROOT, leaf, normal, tiny_model
-from tinygrad_lite import World, launch, parallel
+from helpers import ROOT, ignore, leaf, model_of_the_task, normal, random_batch, weights
+from tinygrad_lite import World, launch
 
-MODEL = tiny_model(0, np.float64, len(data.VOCAB))  # which a loss uses without being given it
-LINES = data.random_lines(100, np.random.default_rng(0))  # two shards
+# What the processes run stands at the top of this module, because they import it. An assert in one
+# of them fails the test: launch raises here what any process raises.
 
 
-# What processes run stands at the top of a module: where they start afresh, they import it.
-def reduce_arrays(world):
-    """How many arrays have not been added up in rank order anywhere, and the number of ranks."""
+@pytest.fixture(autouse=True)
+def nothing_hangs_and_no_process_is_left():
+    """A test that waits for ever fails after half a minute."""
+
+    def give_up(number, frame):
+        raise TimeoutError("this test hangs")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()  # or Python would wait for it at the end of the tests
+    assert left == []
+
+
+# Sums.
+
+
+def check_sums(world):
+    """Rank 0 adds up in rank order, and every process gets the same bits."""
+    shapes = [(), (1,), (2, 3), (0, 3), (300_000,)]  # the last one does not fit a pipe's buffer
+    dtypes = [np.float32, np.float64, np.int64]
 
     def contribution(rank, shape, dtype):
+        """Numbers of different sizes, so that another order would round differently."""
         return (10.0 ** (3 * rank) * normal([rank, *shape], *shape)).astype(dtype).T
 
-    shapes = (), (1,), (2, 3), (parallel.CHUNK // 4 + 1,), (5, parallel.CHUNK // 8)
-    cases = list(itertools.product(shapes, (np.float32, np.float64, np.int64)))
-    totals, wrong = [world.all_reduce(contribution(world.rank, *case)) for case in cases], 0
-    for case, total in zip(cases, totals):
-        first, *others = (contribution(rank, *case) for rank in range(world.world_size))
-        expected = sum(others, start=first)
-        wrong += total.dtype != case[1] or not np.array_equal(total, expected)
-    return world.all_reduce([wrong, 1]).tolist()
-
-
-def read_late(world):
-    """How many sums are wrong anywhere, where processes read them one after the other."""
-    wait_for_all = world.wait_for_all
-    world.wait_for_all = lambda: (wait_for_all(), time.sleep(0.01 * world.rank))
-    sums = [float(world.all_reduce(float(i))) for i in range(10)]
-    return int(world.all_reduce(sum(total != world.world_size * i for i, total in enumerate(sums))))
-
-
-def gradients(world):
-    """Of MODEL's loss and of a parameter nobody uses."""
-    parameters = [*MODEL.parameters(), leaf([[1.0]])]
-    for p in parameters:
-        p.grad = None
-    for shard in world.share(data.by_length(LINES, sft.SHARD)):
-        sft.sft_loss(MODEL, shard, data.completion_mask(LINES).sum()).backward()
-    world.all_reduce_gradients(parameters)
-    return [p.grad for p in parameters]
-
-
-def trained(world, steps):
-    """Weights and losses of a run, and how many of their bytes and of other settings differ."""
-    model, rng = tiny_model(0, vocab_size=len(data.VOCAB), n_layers=1), np.random.default_rng(0)
-    batches = (data.random_lines(150, rng) for _ in range(steps))
-    losses = list(sft.train(model, batches, steps, 1e-2, world))
-    weights = np.concatenate([p.data.ravel() for p in model.parameters()])
-    facts = np.append(weights.view(np.uint8), np.geterr()["under"] == "raise").astype(int)
-    different = world.all_reduce(facts) != world.world_size * facts
-    return weights.tolist(), losses, int(world.all_reduce(different.sum()))
-
-
-def go_on(world, rank=None, error=None, wait=True):
-    """For ever; but `rank` raises an error soon, or is killed."""
-    os.write(1, f"{world.rank} {os.getpid()}\n".encode())
-    for step in itertools.count() if wait or world.rank == rank else ():
-        if (world.rank, step) == (rank, 3 if wait else 0):
-            if error:
-                raise error
-            os.kill(os.getpid(), signal.SIGKILL)
-        world.all_reduce(np.ones(3))
+    for shape, dtype in itertools.product(shapes, dtypes):
+        expected = contribution(0, shape, dtype)
+        for rank in range(1, world.world_size):
+            expected = expected + contribution(rank, shape, dtype)
+        total = world.all_reduce(contribution(world.rank, shape, dtype))
+        assert total.dtype == dtype
+        assert np.array_equal(total, expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sums_and_gradients(world_size):
-    """In rank order, also of arrays larger than the shared memory and of any type. The gradients of
-    the shards add up to the batch's; with three processes one has no shard."""
-    assert launch(world_size, reduce_arrays) == [0, world_size]
-    assert launch(world_size, read_late) == 0
-    model = tiny_model(0, np.float64, len(data.VOCAB))
-    sft.sft_loss(model, LINES).backward()
-    *grads, unused = launch(world_size, gradients)
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        assert p.grad.any() and np.allclose(grad, p.grad, rtol=1e-9, atol=1e-12)
-    assert unused.tolist() == [[0.0]]
+def test_sums(world_size):
+    launch(world_size, check_sums)
+
+
+def check_sums_of_numbers_and_lists(world):
+    assert world.all_reduce(1.5) == 1.5 * world.world_size
+    assert world.all_reduce([1, 2]).tolist() == [world.world_size, 2 * world.world_size]
+
+
+def test_numbers_and_lists_add_up_too():
+    launch(2, check_sums_of_numbers_and_lists)
+
+
+def check_missing_gradients(world):
+    everywhere, only_here, only_there, nowhere = (leaf([1.0, 2.0]) for _ in range(4))
+    scalar = leaf(1.0)
+    everywhere.grad = np.array([1, 10], np.float32)
+    scalar.grad = np.array(3, np.float32)
+    if world.rank == 0:
+        only_here.grad = np.array([2, 20], np.float32)
+    else:
+        only_there.grad = np.array([3, 30], np.float32)
+    world.all_reduce_gradients([everywhere, only_here, only_there, nowhere, scalar])
+    assert everywhere.grad.tolist() == [2, 20]
+    assert only_here.grad.tolist() == [2, 20]
+    assert only_there.grad.tolist() == [3, 30]
+    assert nowhere.grad is None
+    assert scalar.grad == 6
+    for p in (everywhere, only_here, only_there, scalar):
+        assert isinstance(p.grad, np.ndarray)  # which clip_grad_norm scales in place
+        assert p.grad.dtype == np.float32
+
+
+def test_a_missing_gradient_counts_as_zero_unless_it_is_missing_everywhere():
+    launch(2, check_missing_gradients)
+
+
+def gradients_of_two_parts(world, model, lines):
+    """Each process takes its parts of the lines; with three processes, one has none."""
+    n_tokens = data.completion_mask(lines).sum()
+    for part in data.by_length(lines, 2)[world.rank :: world.world_size]:
+        share = data.completion_mask(part).sum() / n_tokens
+        (sft.sft_loss(model, part) * share).backward()
+    world.all_reduce_gradients(model.parameters())
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_gradients_of_parts_add_up_to_that_of_the_batch(world_size):
+    model, lines = model_of_the_task(dtype=np.float64), random_batch(0, 100)
+    sft.sft_loss(model, lines).backward()
+    expected = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+    found = launch(world_size, gradients_of_two_parts, model, lines)
+    for grad, expected_grad in zip(found, expected, strict=True):
+        assert expected_grad.any()
+        assert np.allclose(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+# Training.
+
+
+def train(world, model):
+    """Ten steps of SFT; every process ends with the same weights. Returns the losses."""
+    losses = sft.train(world, model, ignore, steps=10, batch_size=30, lr=1e-2, seed=0)
+    mine = weights(model)
+    only_rank_0_contributes = mine if world.rank == 0 else np.zeros_like(mine)
+    assert np.array_equal(world.all_reduce(only_rank_0_contributes), mine)
+    return losses
+
+
+@functools.cache
+def trained(world_size):
+    """Losses and weights of a run."""
+    model = model_of_the_task()
+    losses = launch(world_size, train, model)
+    return losses, weights(model)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_every_process_holds_the_same_weights_to_the_bit(world_size, steps):
-    weights, losses, different = launch(world_size, trained, steps)
-    assert different == 0 and losses[-1] < losses[0]
-    assert (weights, losses, 0) == launch(world_size, trained, steps)  # and so does the next run
-    assert np.allclose(losses[:20], trained(World(), steps)[1][:20], rtol=1e-4)
+def test_every_process_holds_the_same_weights(world_size):
+    trained(world_size)  # where `train` checks it
+
+
+def test_the_callers_model_is_trained_in_place():
+    losses, weights_after = trained(2)
+    assert losses[-1] < losses[0]
+    assert not np.array_equal(weights_after, weights(model_of_the_task()))
+
+
+def test_a_run_can_be_repeated_to_the_bit():
+    losses, weights_after = trained(2)
+    trained.cache_clear()
+    losses_again, weights_again = trained(2)
+    assert losses == losses_again
+    assert np.array_equal(weights_after, weights_again)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_work_and_do_not_change_it(world_size):
+    """One process alone sees the same losses, up to rounding."""
+    assert np.allclose(trained(world_size)[0], trained(1)[0], rtol=1e-4)
 
 
 def test_one_process_starts_nothing(monkeypatch):
-    monkeypatch.setattr(multiprocessing, "RawArray", None)
-    monkeypatch.setattr(multiprocessing, "Process", None)
-    world = launch(1, lambda world, x: world, "x")
-    assert (world.rank, world.world_size, world.share([1, 2, 3])) == (0, 1, [1, 2, 3])
+    """So nothing is pickled either, and any function will do."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
+    world, argument = launch(1, lambda world, argument: (world, argument), "argument")
+    assert (world.rank, world.world_size) == (0, 1)
+    assert argument == "argument"
+
+
+def test_a_world_of_one_needs_no_launch():
+    world = World()
+    assert (world.rank, world.world_size) == (0, 1)
     assert world.all_reduce([1.5, 2]).tolist() == [1.5, 2]
+
+
+# Errors.
+
+
+def fail(world, failing_rank, error, failing_step):
+    """Add up numbers for ever; but one process raises an error at some step."""
+    for step in itertools.count():
+        if world.rank == failing_rank and step == failing_step:
+            raise error
+        world.all_reduce(step)
+
+
+def fail_without_a_word(world, failing_rank, error):
+    """One process raises an error; the others are done at once."""
+    if world.rank == failing_rank:
+        raise error
+
+
+@pytest.mark.parametrize(
+    "rank, world_size, step", [(0, 2, 3), (1, 2, 0), (1, 2, 3), (1, 3, 3), (2, 3, 0), (2, 3, 3)]
+)
+def test_an_error_in_any_process_ends_all(rank, world_size, step):
+    with pytest.raises(KeyError, match="a zero"):
+        launch(world_size, fail, rank, KeyError("a zero"), step)
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 2), (1, 2), (2, 3)])
+def test_an_error_of_a_process_that_nobody_waits_for(rank, world_size):
+    with pytest.raises(KeyError, match="a zero"):
+        launch(world_size, fail_without_a_word, rank, KeyError("a zero"))
 
 
 @pytest.mark.parametrize(
     "error",
-    [
-        KeyError("a zero"),
-        UserError("no"),
-        MemoryError("much"),
-        None,
-        EOFError("empty"),
-        BrokenPipeError(32, "closed"),
-    ],
+    [UserError("no"), MemoryError("much"), EOFError("empty"), BrokenPipeError(32, "closed")],
     ids=repr,
 )
-@pytest.mark.parametrize(
-    "rank, world_size, wait",
-    [(1, 2, True), (1, 2, False), (1, 3, True), (2, 3, True), (2, 3, False)],
-)
-def test_an_error_in_any_process_or_its_death_ends_all(error, rank, world_size, wait):
-    """At once, whether the others wait for it or are done."""
-    start = time.monotonic()
-    with pytest.raises(type(error) if error else ChildProcessError) as caught:
-        launch(world_size, go_on, rank, error, wait)
-    assert time.monotonic() - start < 5 and multiprocessing.active_children() == []
-    assert caught.value.args == error.args if error else f"process {rank} of" in str(caught.value)
-    assert error is None or "in go_on\n    raise error\n" in str(caught.value.__cause__)
+def test_the_error_itself_arrives(error):
+    """Even one of those that a broken pipe would raise."""
+    with pytest.raises(type(error)) as caught:
+        launch(2, fail, 1, error, 3)
+    assert caught.value.args == error.args
 
 
-def test_an_error_or_ctrl_c_in_rank_0_ends_all(monkeypatch):
-    """While processes start, Ctrl-C waits until all are there, or one might be missed."""
+def test_an_error_comes_with_the_traceback_of_its_process():
+    with pytest.raises(KeyError) as caught:
+        launch(2, fail_without_a_word, 1, KeyError("a zero"))
+    remote_traceback = str(caught.value.__cause__)
+    assert "in fail_without_a_word\n    raise error\n" in remote_traceback
 
-    def interrupted(process):
-        os.kill(os.getpid(), signal.SIGINT)
-        start(process)
-        started.append(process)
 
+def fail_while_another_works(world):
+    world.all_reduce(0)
+    if world.rank == 1:
+        time.sleep(3600)
+    raise KeyError("a zero")
+
+
+def test_an_error_does_not_wait_for_processes_that_are_at_work():
     with pytest.raises(KeyError, match="a zero"):
-        launch(2, go_on, 0, KeyError("a zero"))
-    started, start = [], multiprocessing.Process.start
-    monkeypatch.setattr(multiprocessing.Process, "start", interrupted)
+        launch(2, fail_while_another_works)
+
+
+def test_a_function_that_cannot_be_imported_is_an_error():
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        launch(2, lambda world: None)
+
+
+# Deaths.
+
+
+def die(world, dying_rank):
+    """Add up numbers for ever; but one process is killed."""
+    for step in itertools.count():
+        if world.rank == dying_rank and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.all_reduce(step)
+
+
+@pytest.mark.parametrize("rank, world_size", [(1, 2), (2, 3)])
+def test_a_killed_process_ends_all(rank, world_size):
+    with pytest.raises((EOFError, ConnectionResetError)):
+        launch(world_size, die, rank)
+
+
+def die_between_sending_and_receiving(world):
+    if world.rank == 1:
+        world.pipes[0].send({"array": np.ones(3)})
+        os.kill(os.getpid(), signal.SIGKILL)
+    while multiprocessing.active_children():
+        time.sleep(0.01)  # until rank 1 is dead
+    assert world.all_reduce(np.ones(3)).tolist() == [2, 2, 2]
+
+
+def test_a_process_that_is_killed_while_it_waits_for_a_sum():
+    """Not BrokenPipeError, which would look as if nobody read the output of the program."""
+    with pytest.raises((EOFError, ConnectionResetError)):
+        launch(2, die_between_sending_and_receiving)
+
+
+def interrupt(world, rank):
+    """What Ctrl-C sends, to one process."""
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGINT)
+    world.all_reduce(0)
+    return "done"
+
+
+def test_ctrl_c_stops_rank_0_which_ends_the_others():
     with pytest.raises(KeyboardInterrupt):
-        launch(3, go_on)
-    assert [process.is_alive() for process in started] == [False, False]
-    assert multiprocessing.active_children() == []
+        launch(2, interrupt, 0)
 
 
-def run_script(folder, *arguments):
-    (folder / "script.py").write_text(f"""
-import multiprocessing, os, signal, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-for name in sys.argv[3:]:
-    exec("del " + name)
-import test_parallel
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    test_parallel.np.seterr(under="raise")
-    print(test_parallel.launch(2, *eval(sys.argv[2], vars(test_parallel))))
-""")
+def test_the_others_ignore_ctrl_c():
+    assert launch(2, interrupt, 1) == "done"
+
+
+@pytest.mark.parametrize("error", [None, KeyError("a zero")], ids=repr)
+def test_the_handler_of_ctrl_c_is_restored(error):
+    def handler(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        if error is None:
+            launch(1, ignore)
+        else:
+            with pytest.raises(KeyError):
+                launch(1, fail_without_a_word, 0, error)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_handler_of_ctrl_c_is_restored_if_no_process_can_be_started(monkeypatch):
+    def start(process):
+        raise OSError("not enough memory")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="not enough memory"):
+        launch(2, ignore)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def start_script(folder, text):
+    """A Python program in a process of its own."""
+    path = folder / "script.py"
+    path.write_text(text, encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, folder / "script.py", *arguments],
-        text=True,
+        [sys.executable, path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
 
 
-@pytest.mark.parametrize(
-    "method, missing",
-    [
-        ("spawn", []),
-        ("forkserver", []),
-        (
-            "spawn",
-            [
-                "os.fork",
-                "os.killpg",
-                "os.setsid",
-                "os.getuid",
-                "signal.pthread_sigmask",
-                "signal.alarm",
-            ],
-        ),
-    ],
-)
-def test_processes_that_inherit_nothing(tmp_path, method, missing):
-    """As on macOS, from Python 3.14 on, and on Windows; the NumPy error settings go along."""
-    script = run_script(tmp_path, method, "trained, 5", *missing)
-    assert script.communicate(timeout=60) == (f"{launch(2, trained, 5)}\n", "")
+SCRIPT_WITHOUT_A_GUARD = """
+from test_parallel import ignore, launch, np
+
+launch(2, ignore, np.zeros(1_000_000))
+"""
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_outlives_rank_0(tmp_path, kind):
-    """Each holds standard error open until it ends. Ctrl-C is for rank 0 alone."""
-    script = run_script(tmp_path, multiprocessing.get_start_method(), "go_on,")
-    pids = dict(map(int, script.stdout.readline().split()) for _ in range(2))
-    os.kill(pids[1], signal.SIGINT)
-    os.kill(pids[0], kind)
-    error = script.communicate(timeout=5)[1]
-    assert "process 0 of 2 was killed" in error and error.count("\n") == 1
+def test_a_process_that_dies_at_its_start(tmp_path):
+    """Without `if __name__ == "__main__"`, the other process would start a run of its own, which
+    Python refuses. Rank 0 must not wait to send it arguments that do not fit into the pipe."""
+    script = start_script(tmp_path, SCRIPT_WITHOUT_A_GUARD)
+    output, error = script.communicate(timeout=30)
+    assert script.returncode == 1
+    assert "An attempt has been made to start a new process" in error
+    last_line = error.splitlines()[-1]
+    assert last_line.startswith(("EOFError", "ConnectionResetError"))
+
+
+def go_on_for_ever(world):
+    os.write(1, f"{world.rank} {os.getpid()}\n".encode())
+    while True:
+        world.all_reduce(np.ones(3))
+
+
+ENDLESS_SCRIPT = """
+from test_parallel import go_on_for_ever, launch
+
+if __name__ == "__main__":
+    launch(3, go_on_for_ever)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_rank_0(tmp_path, number):
+    """They end within seconds and print nothing. Each holds the pipes open until it has ended."""
+    script = start_script(tmp_path, ENDLESS_SCRIPT)
+    pids = {}
+    for _ in range(3):
+        rank, pid = script.stdout.readline().split()
+        pids[int(rank)] = int(pid)
+    os.kill(pids[0], number)
+    assert script.communicate(timeout=20) == ("", "")

@@ -1,5 +1,6 @@
-"""The SFT objective: which tokens count, how shards add up, how far from the rule; training."""
+"""The SFT objective: which tokens count and how parts add up; the excess; training."""
 
+import functools
 import itertools
 import math
 
@@ -18,6 +19,7 @@ from helpers import (
     random_batch,
     read,
     seeds,
+    text_of,
     weights,
 )
 from tinygrad_lite import Tensor, World, launch
@@ -25,116 +27,255 @@ from tinygrad_lite import Tensor, World, launch
 VOCAB = len(data.VOCAB)
 batch_sizes = st.integers(1, 12)
 
+# The objective. A function that returns given logits, whatever it is asked, serves as a model.
 
-def predicting(ids):
-    """The columns of the logits that predict a completion token, line by line, and the tokens."""
-    columns, targets = [], []
+
+def random_logits(seed, ids):
+    """Logits for every position of ids (B, T) but the last: a leaf (V, B (T - 1))."""
+    return leaf(normal(seed, VOCAB, ids[:, 1:].size))
+
+
+def predictions(ids):
+    """Which column of the logits predicts which completion token: for each line of ids (B, T), a
+    list of (column, token)."""
+    lines = []
     for i, line in enumerate(ids.tolist()):
-        at = range(line.index(data.EQUALS) + 1, line.index(data.END) + 1)
-        columns.append([i * (len(line) - 1) + t - 1 for t in at])
-        targets.append([line[t] for t in at])
-    return columns, targets
+        first_column = i * (len(line) - 1)
+        completion = range(line.index(data.EQUALS) + 1, line.index(data.END) + 1)
+        lines.append([(first_column + t - 1, line[t]) for t in completion])
+    return lines
 
 
 @given(batch_sizes, seeds)
-def test_loss_and_gradient_are_the_plain_formula(n, seed):
-    """Of each completion token's log p(token | tokens before it), the end token's too: it pulls its
-    own logit up by (1 - p) / tokens. Prompts and padding get a gradient of exactly zero."""
-    ids, seen = random_batch(seed, n), []
-    logits = leaf(normal(seed, VOCAB, ids[:, 1:].size))  # a function that returns them is a model
-    model = lambda prefix: seen.append(prefix) or logits  # noqa: E731
-    columns, targets = predicting(ids)
-    logps = [log_softmax(logits.data)[rows] for rows in zip(targets, columns)]
-    assert np.allclose(sft.completion_logps(model, ids).data, [row.sum() for row in logps])
-    loss, logps = sft.sft_loss(model, ids), np.concatenate(logps)
-    assert np.isclose(loss.item(), -logps.mean())
-    loss.backward()
-    columns, targets = sum(columns, []), sum(targets, [])
-    assert not np.delete(logits.grad, columns, axis=1).any()
-    assert np.allclose(logits.grad[targets, columns], (np.exp(logps) - 1) / len(columns))
-    assert all(np.array_equal(prefix, ids[:, :-1]) for prefix in seen)
+def test_the_log_probability_of_a_completion_is_the_sum_over_its_tokens(n, seed):
+    ids = random_batch(seed, n)
+    logits = random_logits(seed, ids)
+    logps = log_softmax(logits.data)
+    expected = [sum(logps[token, column] for column, token in line) for line in predictions(ids)]
+    np.testing.assert_allclose(sft.completion_logps(lambda _: logits, ids).data, expected)
+
+
+@given(batch_sizes, seeds)
+def test_the_loss_is_the_mean_over_all_completion_tokens(n, seed):
+    ids = random_batch(seed, n)
+    logits = random_logits(seed, ids)
+    logps = log_softmax(logits.data)
+    of_tokens = [logps[token, column] for line in predictions(ids) for column, token in line]
+    assert sft.sft_loss(lambda _: logits, ids).item() == pytest.approx(-np.mean(of_tokens))
+
+
+@given(batch_sizes, seeds)
+def test_every_completion_token_pulls_its_own_logit_up_by_1_minus_p(n, seed):
+    """So does the end token: otherwise a model would not learn to stop."""
+    ids = random_batch(seed, n)
+    logits = random_logits(seed, ids)
+    sft.sft_loss(lambda _: logits, ids).backward()
+    probabilities = np.exp(log_softmax(logits.data))
+    all_predictions = sum(predictions(ids), [])
+    for column, token in all_predictions:
+        expected = (probabilities[token, column] - 1) / len(all_predictions)
+        assert logits.grad[token, column] == pytest.approx(expected, abs=1e-12)
+
+
+@given(batch_sizes, seeds)
+def test_prompt_and_padding_get_exactly_no_gradient(n, seed):
+    ids = random_batch(seed, n)
+    logits = random_logits(seed, ids)
+    sft.sft_loss(lambda _: logits, ids).backward()
+    columns = [column for line in predictions(ids) for column, _ in line]
+    others = np.delete(logits.grad, columns, axis=1)
+    assert not others.any()
+
+
+def test_the_model_reads_every_token_but_the_last():
+    ids = random_batch(0, 3)
+    seen = []
+
+    def model(inputs):
+        seen.append(inputs)
+        return random_logits(0, ids)
+
+    sft.completion_logps(model, ids)
+    assert np.array_equal(seen, [ids[:, :-1]])
 
 
 @given(batch_sizes, st.integers(1, 5), seeds)
-def test_shards_add_up_to_the_loss_and_gradient_of_the_batch_however_padded(n, size, seed):
-    """Each shard is weighted by its completion tokens, not by its lines."""
+def test_padding_changes_nothing(n, width, seed):
     model, ids = model_of_the_task(seed, np.float64), random_batch(seed, n)
-    loss = sft.sft_loss(model, np.pad(ids, ((0, 0), (0, size)), constant_values=data.PAD))
+    padded = np.pad(ids, ((0, 0), (0, width)), constant_values=data.PAD)
+    loss = sft.sft_loss(model, ids)
     loss.backward()
-    left = loss.item()
-    for shard in data.by_length(ids, size):
-        loss = -sft.sft_loss(model, shard, data.completion_mask(ids).sum())
-        loss.backward()  # takes away what the whole batch has added
-        left += loss.item()
-    assert abs(left) < 1e-9 and all(np.abs(p.grad).max() < 1e-9 for p in model.parameters())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss_of_padded = sft.sft_loss(model, padded)
+    loss_of_padded.backward()
+    assert loss_of_padded.item() == pytest.approx(loss.item())
+    for parameter, grad in zip(model.parameters(), gradients):
+        np.testing.assert_allclose(parameter.grad, grad, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", ["12", "12=", "+"])
+def test_lines_without_a_completion_are_refused_and_told_why(text):
+    """The mean of no tokens would be NaN, and a run would end with a loss that explains nothing."""
+    ids = np.array([data.encode(text)])
+    with pytest.raises(ValueError, match="no completion: no token after an equals sign"):
+        sft.sft_loss(model_of_the_task(), ids)
+
+
+# The excess.
 
 
 def rule_model(targets):
-    """The rule itself as a model: the log-probability of each next token, over all its lines."""
-    mass = {}
+    """The rule that makes the lines, as a model: the logits of a token are its log-probability
+    after the tokens before it, taken over all lines of these targets."""
+    mass = {}  # {prefix: probability that a line begins with it}
     for target, count in itertools.product(targets, data.COUNTS):
-        for cuts in itertools.combinations(range(1, target), count - 1):
-            line = answer(target, np.diff([0, *cuts, target]).tolist())
-            for prefix in itertools.accumulate([()] + [(token,) for token in line]):
-                mass[prefix] = mass.get(prefix, 0) + 1 / 4 / math.comb(target - 1, count - 1)
+        cuts = list(itertools.combinations(range(1, target), count - 1))
+        for places in cuts:
+            terms = np.diff([0, *places, target]).tolist()
+            line = tuple(answer(target, terms))
+            for length in range(len(line) + 1):
+                prefix = line[:length]
+                mass[prefix] = mass.get(prefix, 0) + 1 / len(data.COUNTS) / len(cuts)
 
     def model(ids):
-        before = [tuple(row[: t + 1]) for row in ids.tolist() for t in range(len(row))]
-        return Tensor(
-            np.log(
-                [
-                    [
-                        max(mass.get((*prefix, token), 0) / mass.get(prefix, 1), 1e-99)
-                        for prefix in before
-                    ]
-                    for token in range(VOCAB)
-                ]
-            )
-        )
+        columns = []
+        for row in ids.tolist():
+            for t in range(len(row)):
+                prefix = tuple(row[: t + 1])
+                joint = [mass.get((*prefix, token), 0) for token in range(VOCAB)]
+                columns.append(np.maximum(joint, 1e-99) / mass.get(prefix, 1))
+        return Tensor(np.log(columns).T)
 
     return model
 
 
-def test_a_model_that_is_the_rule_has_no_excess_and_a_guesser_has_its_divergence():
-    targets, rng = [5, 7, 12], np.random.default_rng
-    assert abs(sft.excess_nats(rule_model(targets), targets, rng(0), 200)) < 1e-9
-    lines = [read(row) for row in data.random_lines(70, rng(1), targets)]
-    expected = np.mean(
-        [
-            len(answer("", terms)[1:]) * math.log(VOCAB)
-            - math.log(4 * math.comb(n - 1, len(terms) - 1))
-            for n, terms in lines
-        ]
-    )
-    guesser = lambda ids: leaf(np.zeros((VOCAB, ids.size)))  # noqa: E731
-    assert sft.excess_nats(guesser, targets, rng(1), 70) == pytest.approx(expected)
+def test_a_model_that_is_the_rule_has_no_excess():
+    targets = [5, 7, 12]
+    assert sft.excess_nats(rule_model(targets), targets, n=200) == pytest.approx(0, abs=1e-9)
 
 
-def train(world=World(), seed=0, steps=5):  # batches of 200 lines make several shards
-    model, batches = model_of_the_task(seed), (random_batch(seed + i, 200) for i in range(steps))
-    losses = list(sft.train(model, batches, steps, 1e-2, world))
-    mine = np.arange(world.world_size)[:, None] == world.rank
-    return world.all_reduce(np.where(mine, weights(model), 0)), losses
+def test_the_excess_of_a_guesser_is_its_divergence_from_the_rule():
+    targets, n = [5, 7, 12], 300  # more lines than go through the model at once
+
+    def guesser(ids):
+        return Tensor(np.zeros((VOCAB, ids.size)))
+
+    of_lines = []
+    for target, terms in map(read, data.random_lines(n, data.random_stream(0, "excess"), targets)):
+        n_tokens = len(text_of("", terms).removeprefix("=")) + 1
+        n_ways = len(data.COUNTS) * math.comb(target - 1, len(terms) - 1)
+        of_lines.append(n_tokens * math.log(VOCAB) - math.log(n_ways))
+    assert sft.excess_nats(guesser, targets, n) == pytest.approx(np.mean(of_lines))
 
 
-def test_one_seed_gives_the_same_weights_another_others_and_two_processes_like_ones():
-    (trained, losses), (again, same), (others, _) = train(), train(), train(seed=1)
-    assert np.array_equal(trained, again) and losses == same and trained.dtype == np.float32
-    model = model_of_the_task()
-    assert (trained != others).mean() > 0.9 and (trained != weights(model)).all()
-    assert np.isclose(losses[0], sft.sft_loss(model, random_batch(0, 200)).item())
-    rows, same = launch(2, train)
-    assert np.array_equal(rows[0], rows[1])
-    assert np.allclose(rows[0], trained, atol=1e-3) and np.allclose(losses, same, rtol=1e-4)
+# Training.
 
 
-def test_the_rate_rises_and_falls_to_nothing_while_the_slow_mean_counts_ever_more(monkeypatch):
-    seen, step = [], sft.Adam.step
-    monkeypatch.setattr(
-        sft.Adam, "step", lambda self: (seen.append((self.lr, self.alpha)), step(self))
-    )
-    losses = list(sft.train(model_of_the_task(), [random_batch(0, 2)] * 30, 20, 0.6))
-    rates, alphas = np.transpose(seen)
-    assert np.allclose(rates[:3], [0.2, 0.4, 0.6]) and len(rates) == len(losses) == 20
-    assert rates[-1] < 0.01 and (np.diff(rates[3:]) < 0).all()
-    assert np.allclose(alphas, np.linspace(0, 16, 20, endpoint=False))
+def silent(step, loss):
+    """A report that says nothing."""
+
+
+def train(seed=0, steps=5, batch_size=200, lr=1e-2, report=silent):
+    """A run in this process: the trained weights, and its losses. A batch of 200 makes 4 parts."""
+    model = model_of_the_task(seed)
+    losses = sft.train(World(), model, report, steps, batch_size, lr, seed)
+    return weights(model), losses
+
+
+def test_the_first_loss_is_that_of_the_first_batch():
+    """Weighted by their tokens, the losses of the parts add up to the loss of the whole."""
+    ids = data.random_lines(200, data.random_stream(0, "SFT lines"))
+    expected = sft.sft_loss(model_of_the_task(0), ids).item()
+    assert train(steps=1)[1] == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second = train(), train()
+    assert np.array_equal(first[0], second[0]) and first[1] == second[1]
+
+
+def test_another_seed_gives_other_lines():
+    model, other = model_of_the_task(0), model_of_the_task(0)
+    losses = sft.train(World(), model, silent, 2, 40, 1e-2, seed=0)
+    assert losses != sft.train(World(), other, silent, 2, 40, 1e-2, seed=1)
+
+
+def test_every_weight_is_trained_in_place_and_stays_float32():
+    trained, _ = train()
+    assert (trained != weights(model_of_the_task(0))).all()
+    assert trained.dtype == np.float32
+
+
+def test_the_number_of_lines_at_once_changes_nothing(monkeypatch):
+    trained, losses = train()
+    monkeypatch.setattr(sft, "LINES_AT_ONCE", 1000)
+    whole, losses_of_whole = train()
+    np.testing.assert_allclose(trained, whole, atol=1e-3)
+    np.testing.assert_allclose(losses, losses_of_whole, rtol=1e-4)
+
+
+def train_and_compare(world, model, n_lines):
+    """What every process runs: training, then a look at whether all have the same weights."""
+    losses = sft.train(world, model, silent, 5, n_lines, 1e-2, 0)
+    mine = weights(model)
+    mean = world.all_reduce(mine) / world.world_size
+    assert np.array_equal(mine, mean)  # exact: the sum of two equal numbers, halved
+    return losses
+
+
+@pytest.mark.parametrize("n_lines", [200, 1], ids=["many lines", "fewer lines than processes"])
+def test_two_processes_train_as_one_does(n_lines):
+    model = model_of_the_task(0)
+    losses = launch(2, train_and_compare, model, n_lines)
+    trained, losses_of_one = train(batch_size=n_lines)
+    np.testing.assert_allclose(losses, losses_of_one, rtol=1e-4)
+    np.testing.assert_allclose(weights(model), trained, atol=1e-3)
+
+
+def test_the_report_hears_of_every_step_and_its_loss():
+    heard = []
+    _, losses = train(steps=4, report=lambda step, loss: heard.append((step, loss)))
+    assert heard == list(zip([1, 2, 3, 4], losses))
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    """The learning rate and the weight of the slow mean in each of 20 steps at a peak rate of 0.6."""
+    seen = []
+    step = sft.AdEMAMix.step
+
+    def record_and_step(optimizer):
+        seen.append((optimizer.lr, optimizer.alpha))
+        step(optimizer)
+
+    monkeypatch.setattr(sft.AdEMAMix, "step", record_and_step)
+    train(steps=20, batch_size=2, lr=0.6)
+    rates, alphas = zip(*seen)
+    return rates, alphas
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_almost_nothing(schedule):
+    rates, _ = schedule
+    assert len(rates) == 20
+    np.testing.assert_allclose(rates[:3], [0.2, 0.4, 0.6])
+    assert (np.diff(rates[3:]) < 0).all() and rates[-1] < 0.01
+
+
+def test_the_slow_mean_counts_more_from_step_to_step(schedule):
+    _, alphas = schedule
+    np.testing.assert_allclose(alphas, np.linspace(0, 16, 20, endpoint=False))
+
+
+@pytest.mark.parametrize("steps", [1, 39, 40, 41, 99, 7000])
+def test_progress_is_shown_forty_times_and_at_the_end(capsys, steps):
+    show = functools.partial(sft.show, steps=steps, started=0.0)
+    shown = []
+    for step in range(1, steps + 1):
+        show(step, 0.5)
+        if capsys.readouterr().out:
+            shown.append(step)
+    assert len(shown) == min(40, steps) and shown[-1] == steps
+    gaps = np.diff([0, *shown])
+    assert max(gaps) - min(gaps) <= 1  # evenly

@@ -1,0 +1,272 @@
+"""What the experiments share: flags, SFT models, runs of DPO that are kept, numbers of a run.
+
+A run has a name and a seed. It leaves a checkpoint and its facts, as JSON, in runs/laboratory/. A
+finished run is read, not made again, so a program that was stopped resumes where it left off.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies one folder up
+from tinygrad_lite import launch, no_grad  # noqa: E402
+import numpy as np  # noqa: E402
+
+import cli  # noqa: E402
+import data  # noqa: E402
+import dpo  # noqa: E402
+import eval as evaluation  # noqa: E402
+import sft  # noqa: E402
+
+SAMPLES = 200  # answers to each held-out target, sampled after a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run of DPO as dpo.py makes it, with flags of dpo.py and changes that have no flag.
+
+    name: of its files. Two different experiments need two names.
+    flags: those of dpo.py; what they leave out is dpo.py's default.
+    change: in words, for the tables.
+    train: the training loop, dpo.train or a functools.partial of loop.train.
+    pairs(prompts, answers, prefer): returns the loop's make_pairs. None: as the flag --pairs says.
+    """
+
+    name: str
+    flags: str = ""
+    change: str = ""
+    train: Callable = dpo.train
+    pairs: Callable | None = None
+
+    @property
+    def title(self):
+        """How tables call it."""
+        flags = self.flags or "(defaults)"
+        return f"{flags}, {self.change}" if self.change else flags
+
+
+# The runs that several programs show.
+ONLINE = Experiment("online")
+ONCE = Experiment("once", "--pairs once")
+RULE = Experiment("rule", "--pairs rule")
+
+
+# Flags.
+
+
+def parser(description, seeds):
+    """A parser with the flags of all programs here. A program may add its own.
+
+    --rounds, --prompts and --sft-steps make runs small, to see that a program works. The numbers of
+    such runs mean nothing.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    program = f"laboratory/{Path(sys.argv[0]).name}"
+    parser = cli.Parser(prog=program, description=description, formatter_class=formatter)
+    add = parser.add_argument
+    steps = sft.parse_arguments([]).steps
+    folder = Path("runs/laboratory")
+    add("--seeds", type=cli.whole(1), default=seeds, help=f"how many seeds (default: {seeds})")
+    add("--processes", type=cli.whole(1, 64), default=2, help="that share a run (default: 2)")
+    add("--folder", type=Path, default=folder, help=f"for all runs (default: {folder})")
+    add("--rounds", type=cli.whole(1), help="at most so many in a run, to try a program")
+    add("--prompts", type=cli.whole(1), help="at most so many in a round, to try a program")
+    add("--sft-steps", type=cli.whole(1), default=steps, help=f"of SFT (default: {steps})")
+    return parser
+
+
+def dpo_arguments(options, experiment, seed):
+    """dpo.py's arguments for a run, with its rounds and prompts reduced as `options` say."""
+    arguments = dpo.parse_arguments(experiment.flags.split())
+    arguments.seed = seed
+    if options.rounds is not None:
+        arguments.rounds = min(arguments.rounds, options.rounds)
+    if options.prompts is not None:
+        arguments.prompts = min(arguments.prompts, options.prompts)
+    return arguments
+
+
+# Runs, made once and kept.
+
+
+def sft_checkpoint(options, seed):
+    """Where the SFT model of a seed lies once sft_facts was called."""
+    return options.folder / f"sft-seed{seed}.npz"
+
+
+def dpo_checkpoint(options, experiment, seed):
+    """Where the policy of a run lies once run() was called."""
+    return options.folder / f"{experiment.name}-seed{seed}.npz"
+
+
+def sft_facts(options, seed):
+    """The facts of an SFT model, a dict: the log that sft.py writes, and `measure` of the model.
+
+    If there is no model of this seed, sft.py's own main trains it.
+    """
+    checkpoint = sft_checkpoint(options, seed)
+    if not is_complete(checkpoint):
+        print(f"SFT, seed {seed}", flush=True)
+        flags = ["--seed", seed, "--steps", options.sft_steps, "--processes", options.processes]
+        sft.main([*map(str, flags), "--out", str(checkpoint)])
+    facts = read_facts(checkpoint)
+    if facts["settings"]["steps"] != options.sft_steps:
+        raise made_otherwise(checkpoint, ["--sft-steps"])
+    if "sampled" not in facts:  # sft.py measures with fewer answers
+        facts |= measure(evaluation.load(checkpoint))
+        cli.write_json(checkpoint.with_suffix(".json"), facts)
+    return facts
+
+
+def run(options, experiment, seed):
+    """The facts of an experiment with one seed: a dict, read if the run is there, else made.
+
+    settings: all that decides what the run does;
+    seconds: of training; history: the rows of the training loop;
+    sampled, greedy: see `measure`; divergence: see `divergence`.
+
+    Raises UserError if a run of this name and seed is there, but with other settings.
+    """
+    arguments = dpo_arguments(options, experiment, seed)
+    settings = settings_of(options, experiment, arguments)
+    checkpoint = dpo_checkpoint(options, experiment, seed)
+    sft_facts(options, seed)  # trains the SFT model if it is missing
+    if is_complete(checkpoint):
+        facts = read_facts(checkpoint)
+        if facts["settings"] != settings:
+            names = [name for name in settings if facts["settings"].get(name) != settings[name]]
+            raise made_otherwise(checkpoint, names)
+        return facts
+
+    print(f"{experiment.name}: dpo.py {experiment.title}, seed {seed}", flush=True)
+    cli.output_files(checkpoint)
+    policy, history, seconds = train(options, experiment, arguments)
+    sft_model = evaluation.load(sft_checkpoint(options, seed))
+    facts = {"settings": settings, "seconds": seconds} | measure(policy, arguments.prefer)
+    facts |= {"divergence": divergence(policy, sft_model), "history": history}
+    policy.save(checkpoint)
+    cli.write_json(checkpoint.with_suffix(".json"), facts)
+    return facts
+
+
+def train(options, experiment, arguments):
+    """Train a policy, as dpo.py's main does: the policy, its history and the seconds it took."""
+    reference = evaluation.load(sft_checkpoint(options, arguments.seed))
+    policy = copy.deepcopy(reference)
+    pairs = experiment.pairs or functools.partial(dpo.pairs_maker, arguments.pairs)
+    make_pairs = pairs(arguments.prompts, arguments.answers, arguments.prefer)
+    report = dpo.Report(reference, arguments.rounds, arguments.beta, arguments.prefer)
+    settings = (arguments.rounds, arguments.beta, arguments.lr, arguments.seed)
+    started = time.perf_counter()
+    history = launch(
+        options.processes, experiment.train, policy, reference, make_pairs, report, *settings
+    )
+    return policy, history, time.perf_counter() - started
+
+
+def settings_of(options, experiment, arguments):
+    """All that decides what a run does, as JSON can hold it; not where its files lie."""
+    settings = vars(arguments) | {"sft_steps": options.sft_steps}
+    for name in ("out", "sft", "processes"):
+        del settings[name]
+    settings["train"] = described(experiment.train)
+    if experiment.pairs is not None:
+        settings["pairs"] = described(experiment.pairs)
+    return settings
+
+
+def described(value):
+    """A function by its name, a partial or a dataclass by its name and arguments: for JSON."""
+    if hasattr(value, "__name__"):
+        return value.__name__
+    if isinstance(value, functools.partial):
+        arguments = {str(i): argument for i, argument in enumerate(value.args)} | value.keywords
+        return {described(value.func): described(arguments)}
+    if dataclasses.is_dataclass(value):
+        return {type(value).__name__: described(vars(value))}
+    if isinstance(value, dict):
+        return {name: described(part) for name, part in value.items()}
+    return value
+
+
+def is_complete(checkpoint):
+    """Whether a run is there. Its facts are written last."""
+    return checkpoint.exists() and checkpoint.with_suffix(".json").exists()
+
+
+def read_facts(checkpoint):
+    return json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def made_otherwise(checkpoint, names):
+    return cli.UserError(
+        f"{os.fspath(checkpoint)} was made with other settings ({', '.join(names)}); "
+        "remove it, or name another --folder"
+    )
+
+
+# Numbers of a run.
+
+
+def measure(model, prefer=3):
+    """Metrics of a model's answers: `sampled`, 200 to each held-out target; `greedy`, one to each
+    of all targets. They are the numbers of `eval.py --samples 200`."""
+    rng = data.random_stream(0, "answers")
+    sampled = evaluation.sample(model, np.repeat(data.HELD_OUT, SAMPLES), 1.0, rng)
+    greedy = evaluation.sample(model, data.TARGETS, 0.0, rng)
+    return {
+        "sampled": evaluation.metrics(sampled, prefer),
+        "greedy": evaluation.metrics(greedy, prefer),
+    }
+
+
+def divergence(policy, reference, samples=50):
+    """KL(policy || reference) in nats an answer: the mean of log(policy / reference) over the
+    policy's answers to held-out targets."""
+    rng = data.random_stream(0, "answers")
+    lines = evaluation.sample(policy, np.repeat(data.HELD_OUT, samples), 1.0, rng)
+    ids = data.pad(lines)
+    with no_grad():
+        logps = sft.completion_logps(policy, ids).numpy()
+        reference_logps = sft.completion_logps(reference, ids).numpy()
+    return float((logps - reference_logps).mean())
+
+
+def logged(facts, name):
+    """A number of a run's log, for each round that had pairs."""
+    return np.array([row[name] for row in facts["history"] if row["pairs"] > 0])
+
+
+def means(facts, name, window=50):
+    """A number of a run's log, averaged over each `window` rounds in a row (all, if it has fewer).
+
+    The last of these is the mean of the last rounds.
+    """
+    values = logged(facts, name)
+    if len(values) == 0:
+        return np.array([np.nan])
+    window = min(window, len(values))
+    return np.convolve(values, np.ones(window) / window, "valid")
+
+
+def measured(facts):
+    """The rows of the history in which the policy's answers to held-out targets were measured."""
+    return [row for row in facts["history"] if "shares" in row]
+
+
+def held_out(facts, name):
+    """A number of the held-out pairs at the end of a run; NaN if there were no such pairs."""
+    return measured(facts)[-1].get(f"eval_{name}", np.nan)
+
+
+def spread(values, digits=3):
+    """Mean, lowest and highest as text."""
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

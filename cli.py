@@ -3,12 +3,16 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+
+CLEAR = "\r\x1b[K"  # moves a terminal to the start of its line, and erases that
 
 
 class UserError(ValueError):
@@ -33,9 +37,10 @@ def run(main):
         code, message = 2, f"{Path(sys.argv[0]).name}: {text}"
     # If a stream cannot be written, Python would try again as it exits, complain, and change the
     # exit code: so what is left in the stream goes nowhere.
-    for stream, text in (sys.stdout, ""), (sys.stderr, message):
+    clear = CLEAR if is_terminal(sys.stdout) else ""
+    for stream, text in (sys.stdout, clear), (sys.stderr, f"{message}\n" if message else ""):
         try:
-            print(text, end="\n" if text else "", file=stream, flush=True)
+            print(text, end="", file=stream, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
@@ -70,10 +75,56 @@ seed = whole(0, 2**63 - 1)
 checkpoint_path = flag_type(Path, lambda p: p.suffix == ".npz" and not p.is_dir(), "a .npz file")
 
 
-def show_progress(unit, done, total, started, text):
-    """Print how far a run is that began at perf_counter() `started`, and the seconds left."""
-    left = (time.perf_counter() - started) / done * (total - done)
-    print(f"{unit} {done:,}/{total:,}  {text}  {left:.0f} s left", flush=True)
+class Progress:
+    """Says how far a run is, and how many seconds are left.
+
+    On a terminal this is a bar that is updated in place; a line stays for each tenth of the run.
+    Elsewhere, in a file or a notebook, it is forty plain lines, the first one after two seconds.
+    """
+
+    def __init__(self, unit, total):
+        self.unit, self.total = unit, total
+        self.on_terminal = is_terminal(sys.stdout)
+        self.start = None  # seconds and fraction of the first report: what came before is no guide
+        self.next_line = None  # in seconds
+
+    def show(self, done, fraction, text, example=lambda: ""):
+        """Report after each of `total` steps: `fraction` of the work is done.
+
+        text: the latest numbers. example(): more text for the lines that stay on a terminal.
+        """
+        now = time.perf_counter()
+        if self.start is None:
+            self.start = now, fraction
+            self.next_line = now + (1 if self.on_terminal else 2)
+        seconds, work = now - self.start[0], fraction - self.start[1]
+        left = f"{seconds / work * (1 - fraction):.0f}" if work else "?"
+        place = f"{self.unit} {done:,}/{self.total:,}"
+        if not self.on_terminal:
+            if now > self.next_line or is_due(done, self.total, times=40):
+                self.next_line = math.inf
+                print(f"{place}  {text}  {left} s left", flush=True)
+            return
+        if is_due(done, self.total, times=10):
+            print(f"{CLEAR}{place}  {text}  {example()}", flush=True)
+        if now > self.next_line:
+            self.next_line = now + 0.1
+            bar = "#" * round(20 * fraction)
+            print(f"{CLEAR}{place}  [{bar:.<20}]  {left} s left", end="", flush=True)
+
+    def end(self):
+        """Clear the bar: a run may end before its last step."""
+        if self.on_terminal:
+            print(CLEAR, end="", flush=True)
+
+
+def is_terminal(stream):
+    return hasattr(stream, "isatty") and stream.isatty()
+
+
+def is_due(done, total, times):
+    """Whether to report after step `done`: so many times in a run, the last time at its end."""
+    return done * times // total > (done - 1) * times // total
 
 
 @contextlib.contextmanager

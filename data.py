@@ -89,10 +89,10 @@ def parse(text):
 
 def encode(text):
     """The ids of a text's characters, without an end token. ValueError for unknown characters."""
-    for character in text:
-        if character not in IDS:
-            raise ValueError(f"{character!r} is not in the vocabulary")
-    return [IDS[character] for character in text]
+    try:
+        return [IDS[character] for character in text]
+    except KeyError as error:
+        raise ValueError(f"{error} is not in the vocabulary") from None
 
 
 def decode(ids):
@@ -142,7 +142,8 @@ def random_lines(n, rng, targets=TRAINING):
     rng: a NumPy Generator.
     """
     rng = python_random(rng)
-    return pad([random_line(rng.choice(targets), rng.choice(COUNTS), rng) for _ in range(n)])
+    chosen = zip(rng.choices(targets, k=n), rng.choices(COUNTS, k=n))
+    return pad([random_line(target, count, rng) for target, count in chosen])
 
 
 def lengths(ids):
@@ -163,8 +164,13 @@ def completion_mask(ids):
 
 
 def by_length(ids, n_parts):
-    """Lines (N, T) in n_parts of equal size, sorted by length, each without the padding that all
-    its lines share: a fifth of a training step is saved. Empty parts are left out."""
+    """Lines (N, T) in n_parts with about as many tokens each, so that no process has to wait.
+
+    They are sorted by length, and each part is without the padding that all its lines share, which
+    saves a fifth of a training step. Empty parts are left out.
+    """
     order = np.argsort(-lengths(ids), kind="stable")
-    parts = np.array_split(ids[order], n_parts)
+    tokens = np.cumsum(lengths(ids)[order])
+    cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, n_parts) / n_parts)
+    parts = np.split(ids[order], cuts)
     return [part[:, : lengths(part).max()] for part in parts if len(part)]

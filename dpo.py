@@ -106,16 +106,26 @@ def accepted_by_rule(target, n, prefer, rng):
     return [line for line in lines if data.is_accepted(line, prefer)]
 
 
-def online_pairs(policy, step, world, rng, prompts, answers, prefer):
+def round_starts(rounds, prompts):
+    """The number of the first target of each round, and of the one after the last: (rounds + 1,).
+
+    The targets of a run are numbered through all rounds and processes. Rounds grow in a straight
+    line, from a third of `prompts` to all: early on, a few answers show many mistakes, and later
+    mistakes get rare.
+    """
+    sizes = np.ceil(prompts * np.linspace(1 / 3, 1, rounds)).astype(int)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def online_pairs(policy, step, world, rng, starts, answers, prefer):
     """--pairs online: this process's pairs of a round, from the answers of the policy as it is now.
 
-    prompts: the targets of all processes together; answers: sampled for each target.
+    starts: see round_starts; answers: sampled for each target.
 
     For every 32nd target, sums made by rule replace the accepted answers: otherwise an answer the
     policy has stopped writing could never be chosen again, and its answers would lose variety.
     """
-    # To find every 32nd, the targets of a run are numbered through all rounds and processes.
-    numbers = range(step * prompts + world.rank, (step + 1) * prompts, world.world_size)
+    numbers = range(starts[step] + world.rank, starts[step + 1], world.world_size)
     targets = rng.choice(data.TRAINING, len(numbers))
     judged = sample_and_judge(policy, targets, answers, prefer, rng)
     # Where the judge accepts nothing at all, nothing is added by rule either. Without pairs the run
@@ -129,30 +139,36 @@ def online_pairs(policy, step, world, rng, prompts, answers, prefer):
 
 
 class OncePairs:
-    """--pairs once: what --pairs online makes of the targets of 50 rounds, but all before the first
-    step, from the answers of the SFT model. Every 50 rounds they come again in another order."""
+    """--pairs once: pairs as --pairs online makes them, but of the answers of the SFT model alone,
+    sampled before the first step. When all have been used, they come again in another order."""
 
-    n_rounds = 50
+    n_targets = 9600
 
-    def __init__(self, prompts, answers, prefer):
-        self.prompts, self.answers, self.prefer = prompts, answers, prefer
+    def __init__(self, starts, answers, prefer):
+        self.starts, self.answers, self.prefer = starts, answers, prefer
 
     def __call__(self, policy, step, world, rng):
         if step == 0:  # the policy is still the SFT model
-            prompts = self.n_rounds * self.prompts
-            self.pairs = online_pairs(policy, 0, world, rng, prompts, self.answers, self.prefer)
-        if step % self.n_rounds == 0:
-            self.rounds = np.array_split(rng.permutation(self.pairs), self.n_rounds)
-        return self.rounds[step % self.n_rounds]
+            starts = [0, self.n_targets]
+            self.pairs = online_pairs(policy, 0, world, rng, starts, self.answers, self.prefer)
+            self.unused = rng.permutation(self.pairs)
+        # As many as that number of targets has on average, counted from the start of the run.
+        pairs_per_target = len(self.pairs) / self.n_targets
+        start = round(pairs_per_target * self.starts[step])
+        end = round(pairs_per_target * self.starts[step + 1])
+        while len(self.unused) < end - start:
+            self.unused = np.concatenate([self.unused, rng.permutation(self.pairs)])
+        pairs, self.unused = np.split(self.unused, [end - start])
+        return pairs
 
 
-def rule_pairs(policy, step, world, rng, prompts, prefer):
+def rule_pairs(policy, step, world, rng, starts, prefer):
     """--pairs rule: right sums made by rule, chosen with `prefer` terms, rejected with another
     number: the recipe of the demo this project began with. Neither policy nor judge is asked."""
     rng = data.python_random(rng)
     other_counts = [count for count in data.COUNTS if count != prefer]
     lines = []
-    for _ in range(world.rank, prompts, world.world_size):
+    for _ in range(starts[step] + world.rank, starts[step + 1], world.world_size):
         target = rng.choice(data.TRAINING)
         lines.append(data.random_line(target, prefer, rng))
         lines.append(data.random_line(target, rng.choice(other_counts), rng))
@@ -261,25 +277,32 @@ class Report:
     def __init__(self, reference, rounds, beta, prefer):
         self.reference, self.rounds, self.beta, self.prefer = reference, rounds, beta, prefer
         self.held_out_pairs = held_out_pairs(reference, prefer)
-        self.started = time.perf_counter()
+        self.progress = cli.Progress("round", self.rounds)
 
     def __call__(self, row, policy, pairs):
         number = row["round"]
+        if number == 0 or cli.is_due(number, self.rounds, times=40):
+            row |= measure(policy, self.reference, self.held_out_pairs, self.beta, self.prefer)
+        if number == 0:
+            return
         if number == 1:
             for chosen_line, rejected_line in pairs[:3]:
                 text = f"chosen {data.decode(chosen_line):24} rejected {data.decode(rejected_line)}"
                 print(text)
-        is_due = number * 40 // self.rounds > (number - 1) * 40 // self.rounds
-        if is_due:  # also for number 0
-            row |= measure(policy, self.reference, self.held_out_pairs, self.beta, self.prefer)
-        if number == 1 or (is_due and number > 0):
-            text = f"pairs {row['pairs']}"
-            if row["pairs"]:
-                text += (
-                    f"  loss {row['loss']:.2f}  rewards/margins {row['rewards/margins']:.2f}"
-                    f"  rewards/accuracies {row['rewards/accuracies']:.2f}"
-                )
-            cli.show_progress("round", number, self.rounds, self.started, text)
+        text = f"pairs {row['pairs']}"
+        if row["pairs"]:
+            text += (
+                f"  loss {row['loss']:.2f}  rewards/margins {row['rewards/margins']:.2f}"
+                f"  rewards/accuracies {row['rewards/accuracies']:.2f}"
+            )
+
+        def example():
+            target = data.HELD_OUT[row["pairs"] % len(data.HELD_OUT)]  # any will do
+            answer = evaluation.answers_to(policy, target, 1, seed=number, prefer=self.prefer)[1]
+            return f"{answer['answer']}  {answer['outcome']}"
+
+        # Rounds take about the same time each: their targets grow, but their pairs get fewer.
+        self.progress.show(number, number / self.rounds, text, example)
 
 
 def held_out_pairs(reference, prefer):
@@ -315,13 +338,13 @@ def measure(policy, reference, pairs, beta, prefer):
     return row | {"shares": metrics["shares"], "answers": metrics["answers"]}
 
 
-def pairs_maker(pairs, prompts, answers, prefer):
+def pairs_maker(pairs, starts, answers, prefer):
     """The function that makes a round's pairs, by the name that --pairs gives it."""
     if pairs == "online":
-        return functools.partial(online_pairs, prompts=prompts, answers=answers, prefer=prefer)
+        return functools.partial(online_pairs, starts=starts, answers=answers, prefer=prefer)
     if pairs == "once":
-        return OncePairs(prompts, answers, prefer)
-    return functools.partial(rule_pairs, prompts=prompts, prefer=prefer)
+        return OncePairs(starts, answers, prefer)
+    return functools.partial(rule_pairs, starts=starts, prefer=prefer)
 
 
 def parse_arguments(argv):
@@ -333,9 +356,14 @@ def parse_arguments(argv):
     add("--pairs", choices=["online", "once", "rule"], default="online", help=pairs_help)
     add("--prefer", type=int, choices=data.COUNTS, default=3, help="the preferred number of terms")
     add("--rounds", type=cli.whole(1), default=1500, help="rounds of pairs, with one step each")
-    add("--prompts", type=cli.whole(1), default=192, help="targets (by rule: pairs) in a round")
+    add(
+        "--prompts",
+        type=cli.whole(1),
+        default=144,
+        help="targets (pairs by rule) in the last round",
+    )
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=2.5e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     add("--seed", type=cli.seed, default=0, help="repeats a run with the same --processes")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")
@@ -355,13 +383,15 @@ def main(argv=None):
     wrote = "replaced" if out.exists() else "wrote"
     reference = evaluation.load(arguments.sft)  # frozen: no optimizer gets its weights
     policy = copy.deepcopy(reference)  # equal to the reference until the first step
-    make_pairs = pairs_maker(arguments.pairs, arguments.prompts, arguments.answers, prefer)
+    starts = round_starts(rounds, arguments.prompts)
+    make_pairs = pairs_maker(arguments.pairs, starts, arguments.answers, prefer)
     report = Report(reference, rounds, beta, prefer)
 
     started = time.perf_counter()
     settings = (rounds, beta, arguments.lr, arguments.seed)
     history = launch(arguments.processes, train, policy, reference, make_pairs, report, *settings)
     seconds = time.perf_counter() - started
+    report.progress.end()
 
     rows = evaluation.evaluate({str(arguments.sft): reference, str(out): policy}, prefer=prefer)
     if not any(row["pairs"] for row in history[-PATIENCE:]):

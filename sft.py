@@ -51,11 +51,13 @@ def train(world, model, report, steps, batch_size, lr, seed):
     parameters = model.parameters()
     # Without weight decay, the answers to some held-out targets never become right.
     optimizer = AdEMAMix(parameters, lr, weight_decay=0.15)
-    n_parts = world.world_size * math.ceil(batch_size / world.world_size / LINES_AT_ONCE)
     losses = []
     for step in range(steps):
-        ids = data.random_lines(batch_size, rng)  # (B, T)
+        # Batches grow from a third to all: early on, a few lines already show the way down.
+        n_lines = math.ceil(batch_size * (1 + 2 * step / steps) / 3)
+        ids = data.random_lines(n_lines, rng)  # (B, T)
         n_tokens = data.completion_mask(ids).sum()
+        n_parts = world.world_size * math.ceil(n_lines / world.world_size / LINES_AT_ONCE)
 
         # 1. Each process takes its parts of the batch. A part's loss is weighted by its share of
         #    the tokens, so the losses, and the gradients, of all parts add up to the batch's.
@@ -83,10 +85,11 @@ def train(world, model, report, steps, batch_size, lr, seed):
     return losses
 
 
-def show(step, loss, steps, started):
-    """Print the loss 40 times in a run, the last time at its end."""
-    if step * 40 // steps > (step - 1) * 40 // steps:
-        cli.show_progress("step", step, steps, started, f"loss {loss:.3f}")
+def show(step, loss, progress):
+    """What a run prints on the way."""
+    done = step / progress.total
+    seconds = 0.7 * done + 0.3 * done**2  # as a share: steps get slower as batches grow
+    progress.show(step, seconds, f"loss {loss:.3f}")
 
 
 def excess_nats(model, targets, n=4000):
@@ -111,8 +114,8 @@ def parse_arguments(argv):
     formatter = argparse.ArgumentDefaultsHelpFormatter  # --help shows every default
     parser = cli.Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--steps", type=cli.whole(1), default=7_000, help="training steps")
-    add("--batch-size", type=cli.whole(1), default=128, help="lines in a step")
+    add("--steps", type=cli.whole(1), default=8_000, help="training steps")
+    add("--batch-size", type=cli.whole(1), default=128, help="lines in the last step")
     add("--lr", type=cli.positive, default=8e-3, help="peak learning rate")
     add("--d-model", type=cli.whole(1), default=32, help="width of the residual stream")
     add("--n-layers", type=cli.whole(1), default=2, help="number of blocks")
@@ -141,9 +144,11 @@ def main(argv=None):
     model = Transformer(config, seed)
 
     started = time.perf_counter()
-    report = functools.partial(show, steps=steps, started=started)
+    progress = cli.Progress("step", steps)
+    report = functools.partial(show, progress=progress)
     losses = launch(arguments.processes, train, model, report, steps, batch_size, lr, seed)
     seconds = time.perf_counter() - started
+    progress.end()
 
     model.save(out)
     rows = evaluation.evaluate({str(out): model})

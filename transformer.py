@@ -154,7 +154,9 @@ class Transformer:
         stops = (
             starts + max_new_tokens
         )  # (B,): one past the last token; lowered once a line has ended
-        ids = data.pad(prompts, stops.max())  # (B, T), to be filled column by column
+        ids = np.zeros((len(prompts), stops.max()), int)  # (B, T), to be filled column by column
+        for line, prompt in zip(ids, prompts):
+            line[: len(prompt)] = prompt
         keys, values = self._empty_cache(ids.shape)  # filled up to `position`
 
         for position in range(stops.max() - 1):
@@ -167,7 +169,7 @@ class Transformer:
             with no_grad():
                 logits = self._logits(ids[:, position], attention).data  # (V, B)
             new = choose_tokens(logits, temperature, rng)  # (B,)
-            # Not in lines whose prompt reaches beyond t, nor in finished ones, which read padding.
+            # Not in lines whose prompt reaches beyond t, nor in finished ones, which go on with 0s.
             is_writing = (starts <= t) & (t < stops)
             ids[is_writing, t] = new[is_writing]
             stops[is_writing & (new == end)] = t + 1
@@ -207,9 +209,9 @@ class Transformer:
                     array = archive[name]
                     if array.shape != parameter.shape or array.dtype.kind != "f":
                         raise ValueError(f"{name} is {array.dtype} {array.shape}")
-                    if not np.isfinite(array).all():
-                        raise ValueError(f"{name} is not finite")
                     parameter.data = array.astype(np.float32)
+                    if not np.isfinite(parameter.data).all():
+                        raise ValueError(f"{name} is not finite")
             except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
                 raise UserError(
                     f"{path} is not a checkpoint of this project, or it is damaged ({error}); "

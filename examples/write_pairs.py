@@ -102,7 +102,7 @@ def main(argv=None):
         rows = sft_rows(data.random_lines(n, rng))
     elif arguments.pairs == "rule":
         # These pairs depend neither on a policy nor on the step.
-        rows = pair_rows(dpo.rule_pairs(None, 0, World(), rng, prompts=n, prefer=prefer))
+        rows = pair_rows(dpo.rule_pairs(None, 0, World(), rng, starts=[0, n], prefer=prefer))
     else:
         rows = sampled_rows(evaluation.load(arguments.checkpoint), n, prefer, rng)
 

@@ -36,7 +36,8 @@ class Experiment:
     flags: those of dpo.py; what they leave out is dpo.py's default.
     change: in words, for the tables.
     train: the training loop, dpo.train or a functools.partial of loop.train.
-    pairs(prompts, answers, prefer): returns the loop's make_pairs. None: as the flag --pairs says.
+    pairs(starts, answers, prefer): returns the loop's make_pairs. None: as the flag --pairs says.
+    starts(rounds, prompts): where the rounds of a run begin, see dpo.round_starts.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Experiment:
     change: str = ""
     train: Callable = dpo.train
     pairs: Callable | None = None
+    starts: Callable = dpo.round_starts
 
     @property
     def title(self):
@@ -161,13 +163,15 @@ def train(options, experiment, arguments):
     reference = evaluation.load(sft_checkpoint(options, arguments.seed))
     policy = copy.deepcopy(reference)
     pairs = experiment.pairs or functools.partial(dpo.pairs_maker, arguments.pairs)
-    make_pairs = pairs(arguments.prompts, arguments.answers, arguments.prefer)
+    starts = experiment.starts(arguments.rounds, arguments.prompts)
+    make_pairs = pairs(starts, arguments.answers, arguments.prefer)
     report = dpo.Report(reference, arguments.rounds, arguments.beta, arguments.prefer)
     settings = (arguments.rounds, arguments.beta, arguments.lr, arguments.seed)
     started = time.perf_counter()
     history = launch(
         options.processes, experiment.train, policy, reference, make_pairs, report, *settings
     )
+    report.progress.end()
     return policy, history, time.perf_counter() - started
 
 
@@ -177,6 +181,7 @@ def settings_of(options, experiment, arguments):
     for name in ("out", "sft", "processes"):
         del settings[name]
     settings["train"] = described(experiment.train)
+    settings["starts"] = described(experiment.starts)
     if experiment.pairs is not None:
         settings["pairs"] = described(experiment.pairs)
     return settings

@@ -18,20 +18,21 @@ import cli
 import data
 import dpo
 
-# Where pairs come from: functions of (prompts, answers, prefer) that return the make_pairs of a
+# Where pairs come from: functions of (starts, answers, prefer) that return the make_pairs of a
 # training loop. dpo.pairs_maker has three more.
 
 
-def own(prompts, answers, prefer):
+def own(starts, answers, prefer):
     """Pairs of the policy's fresh answers alone: dpo.online_pairs without any sums made by rule.
 
     A policy that has stopped writing an answer is never rewarded for it again.
     """
-    return functools.partial(own_pairs, prompts=prompts, answers=answers, prefer=prefer)
+    return functools.partial(own_pairs, starts=starts, answers=answers, prefer=prefer)
 
 
-def own_pairs(policy, step, world, rng, prompts, answers, prefer):
-    n_targets = len(range(world.rank, prompts, world.world_size))  # of this process
+def own_pairs(policy, step, world, rng, starts, answers, prefer):
+    numbers = range(starts[step] + world.rank, starts[step + 1], world.world_size)
+    n_targets = len(numbers)  # of this process
     targets = rng.choice(data.TRAINING, n_targets)
     return dpo.pair_up(dpo.sample_and_judge(policy, targets, answers, prefer, rng))
 
@@ -43,18 +44,17 @@ class FreshEvery:
     fresh_every rounds are over. FreshEvery(1, ...) is online DPO.
     """
 
-    def __init__(self, fresh_every, prompts, answers, prefer):
+    def __init__(self, fresh_every, starts, answers, prefer):
         self.fresh_every = fresh_every
         self.n_rounds = min(fresh_every, 50)
-        self.prompts, self.answers, self.prefer = prompts, answers, prefer
+        self.starts, self.answers, self.prefer = starts, answers, prefer
 
     def __call__(self, policy, step, world, rng):
-        n_draws, since_draw = divmod(step, self.fresh_every)
+        since_draw = step % self.fresh_every
         if since_draw == 0:
-            prompts = self.n_rounds * self.prompts
-            self.pairs = dpo.online_pairs(
-                policy, n_draws, world, rng, prompts, self.answers, self.prefer
-            )
+            last = min(step + self.n_rounds, len(self.starts) - 1)
+            span = [self.starts[step], self.starts[last]]  # as if these rounds were one
+            self.pairs = dpo.online_pairs(policy, 0, world, rng, span, self.answers, self.prefer)
         if since_draw % self.n_rounds == 0:
             self.rounds = np.array_split(rng.permutation(self.pairs), self.n_rounds)
         return self.rounds[since_draw % self.n_rounds]

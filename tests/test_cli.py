@@ -1,6 +1,7 @@
 """The programs, called in this process: what they write and print; a mistake costs one line."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -159,7 +160,7 @@ def test_a_checkpoint_of_another_task_is_one_line_with_its_name(command):
 @pytest.mark.parametrize("out", ["sft.npz/x.npz", "/proc/x/y.npz"])
 def test_where_saving_would_fail_nothing_is_trained(monkeypatch, program, out):
     """Below a regular file, and where the system makes no folder."""
-    monkeypatch.setattr(cli, "show_progress", None)  # training would fail
+    monkeypatch.setattr(cli, "Progress", None)  # training would fail
     message = message_of(program, *RUNS[program], "--out", out)
     assert message.startswith(f"cannot write {out}: ")
     assert message.endswith("; choose another name")
@@ -172,7 +173,7 @@ def test_a_folder_cannot_take_the_name_of_a_checkpoint():
 
 
 def test_where_the_user_may_not_write_nothing_is_trained(monkeypatch):
-    monkeypatch.setattr(cli, "show_progress", None)
+    monkeypatch.setattr(cli, "Progress", None)
     os.mkdir("locked", 0o500)
     if os.access("locked", os.W_OK):
         pytest.skip("root may write anywhere")
@@ -259,7 +260,7 @@ def test_the_log_of_dpo(both_runs):
     assert set(facts) == {"settings", "seconds", "metrics", "history"}
     assert facts["settings"]["seed"] == 3 and facts["settings"]["out"] == "new/dpo.npz"
     assert len(facts["metrics"]) == 8  # before and after
-    assert [row["pairs"] for row in facts["history"]] == [0, 4, 4, 4]
+    assert [row["pairs"] for row in facts["history"]] == [0, *np.diff(dpo.round_starts(3, 4))]
 
 
 def test_the_history_in_the_log_of_dpo(both_runs):
@@ -321,6 +322,183 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_complete():
 # Progress.
 
 
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0  # in seconds
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(cli.time, "perf_counter", clock)
+    return clock
+
+
+def show_steps(clock, total, seconds_per_step, steps=None):
+    """Show the first `steps` of a run, by default all of them. Returns their examples."""
+    progress = cli.Progress("step", total)
+    examples = []
+
+    def example():
+        examples.append(f"{len(examples) + 1}=1+{len(examples)}")
+        return examples[-1]
+
+    for step in range(1, (steps or total) + 1):
+        clock.now += seconds_per_step
+        progress.show(step, step / total, f"loss {step}.5", example)
+    progress.end()
+    return examples
+
+
+def steps_shown(capsys):
+    """The numbers of the steps that have a line."""
+    numbers = re.findall("^step ([0-9,]+)/", capsys.readouterr().out, re.MULTILINE)
+    return [int(number.replace(",", "")) for number in numbers]
+
+
+@pytest.mark.parametrize("total", [1, 39, 40, 41, 99, 7000])
+def test_progress_is_forty_lines_and_the_last_is_the_last_step(capsys, clock, total):
+    """In a file or a notebook; a shorter run has a line for each step."""
+    show_steps(clock, total, seconds_per_step=0.001)
+    shown = steps_shown(capsys)
+    assert len(shown) == min(40, total) and shown[-1] == total
+    gaps = np.diff([0, *shown])
+    assert max(gaps) - min(gaps) <= 1  # evenly
+
+
+def test_the_first_line_comes_after_two_seconds(capsys, clock):
+    """Even though each of the forty takes fifty."""
+    show_steps(clock, 4000, seconds_per_step=0.5)
+    first, *others = steps_shown(capsys)
+    assert 2 < (first - 1) * 0.5 <= 2.5
+    assert others == list(range(100, 4001, 100))
+
+
+def test_the_seconds_left_are_those_that_the_rest_of_the_work_takes(capsys, clock):
+    """Here later steps are more work, and starting takes a minute."""
+    progress = cli.Progress("step", 100)
+    expected = []
+    for step in range(1, 101):
+        fraction = (step / 100) ** 2
+        clock.now = 1060 + 500 * fraction
+        progress.show(step, fraction, "")
+        if output := capsys.readouterr().out:
+            expected.append(500 * (1 - fraction))
+            assert float(re.search("([0-9]+) s left\n$", output)[1]) == pytest.approx(
+                expected[-1], abs=0.51
+            )
+    assert len(expected) >= 40 and expected[-1] == 0
+
+
+# Progress on a terminal.
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        """What can be read on it. A carriage return goes to the start of the line, and the code
+        that ends with K erases what follows on the line."""
+        lines = []
+        for written in self.getvalue().split("\n"):
+            line, column = "", 0
+            for part in re.split("(\r|\x1b\\[K)", written):
+                if part == "\r":
+                    column = 0
+                elif part == "\x1b[K":
+                    line = line[:column]
+                else:
+                    line = line[:column] + part + line[column + len(part) :]
+                    column += len(part)
+            lines.append(line)
+        return lines
+
+
+BAR = r"step [0-9,]+/[0-9,]+  \[#*\.*\]  [0-9]+ s left"
+
+
+def test_on_a_terminal_a_line_stays_for_each_tenth_of_a_run_and_nothing_else(clock):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        examples = show_steps(clock, 50, seconds_per_step=1)
+    assert len(examples) == 10
+    tenths = range(5, 51, 5)
+    expected = [f"step {n}/50  loss {n}.5  {text}" for n, text in zip(tenths, examples)]
+    assert terminal.lines() == [*expected, ""]
+
+
+def test_on_a_terminal_a_bar_is_updated_in_place(clock):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        show_steps(clock, 50, seconds_per_step=1, steps=7)
+    assert terminal.lines() == [
+        "step 5/50  loss 5.5  1=1+0",
+        "step 7/50  [###.................]  43 s left",
+    ]
+
+
+def test_a_bar_leaves_nothing_of_a_longer_one(clock):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        show_steps(clock, 2000, seconds_per_step=1, steps=199)
+    longer = "step 3/2,000  [....................]  1997 s left"
+    assert longer in terminal.getvalue()
+    clock.now += 1
+    with contextlib.redirect_stdout(terminal):
+        show_steps(clock, 50, seconds_per_step=1, steps=4)
+    assert terminal.lines() == ["step 4/50  [##..................]  46 s left"]
+
+
+def test_a_bar_appears_after_a_second_and_moves_ten_times_a_second(clock):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        show_steps(clock, 100_000, seconds_per_step=0.001, steps=900)
+        assert terminal.getvalue() == ""
+        show_steps(clock, 100_000, seconds_per_step=0.001, steps=5000)
+    assert 35 <= len(re.findall(BAR, terminal.getvalue())) <= 41
+
+
+@pytest.mark.parametrize(
+    "error, code", [(KeyboardInterrupt(), 130), (cli.UserError("the loss is nan"), 2)]
+)
+def test_whatever_ends_a_program_on_a_terminal_takes_the_bar_away(clock, error, code):
+    def main():
+        show_steps(clock, 50, seconds_per_step=1, steps=7)
+        assert re.fullmatch(BAR, terminal.lines()[-1])
+        raise error
+
+    with contextlib.redirect_stdout(Terminal()) as terminal, pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == code
+    assert terminal.lines() == ["step 5/50  loss 5.5  1=1+0", ""]
+
+
+def test_on_a_terminal_the_lines_of_sft_tell_the_loss():
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        run_main("sft", *RUNS["sft"], "--out", "out.npz")
+    for step, line in enumerate(terminal.lines()[:3], 1):
+        assert re.fullmatch(rf"step {step}/3  loss [0-9]\.[0-9]{{3}} *", line)
+
+
+def test_on_a_terminal_the_lines_of_dpo_tell_the_loss_and_an_answer_to_a_held_out_target():
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        run_main("dpo", *RUNS["dpo"], "--out", "out.npz")
+    lines = [line for line in terminal.lines() if line.startswith("round ")]
+    assert len(lines) == 3
+    for line in lines:
+        numbers, example = line.split("  rewards/accuracies ")
+        assert re.fullmatch(r"round [1-3]/3  pairs [1-4]  loss 0\.[0-9]+  .*", numbers)
+        _, answer, outcome = example.split("  ")
+        assert re.match("(52|96)=", answer) and outcome in data.OUTCOMES
+
+
+# What DPO measures and shows.
+
+
 def report(rounds):
     """The report of a run that measures nothing."""
     return dpo.Report(None, rounds, beta=0.8, prefer=3)
@@ -347,36 +525,27 @@ def test_a_run_is_measured_before_the_first_round_then_forty_times(measure_nothi
     assert max(gaps) - min(gaps) <= 1  # evenly
 
 
-def test_what_is_shown_is_the_first_round_and_what_is_measured(measure_nothing, capsys):
-    show = report(rounds=120)
-    for number in range(10):
-        show({"round": number, "pairs": 0}, None, [])
-    shown = re.findall("^round ([0-9]+)/120", capsys.readouterr().out, re.MULTILINE)
-    assert shown == ["1", "3", "6", "9"]
-
-
-def test_a_line_of_progress_tells_pairs_loss_and_the_seconds_left(
-    measure_nothing, monkeypatch, capsys
-):
-    clock = iter([0, 10, 20])  # ten seconds a round, from the moment the report is made
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+def test_a_line_of_progress_tells_pairs_loss_and_the_seconds_left(measure_nothing, clock, capsys):
     show = report(rounds=4)
     show({"round": 1, "pairs": 0}, None, [])
+    clock.now += 10
     row = {"round": 2, "pairs": 7, "loss": 0.51}
     show(row | {"rewards/margins": 1.25, "rewards/accuracies": 0.8}, None, [])
-    assert capsys.readouterr().out.splitlines() == [
-        "round 1/4  pairs 0  30 s left",
+    clock.now += 10
+    show({"round": 3, "pairs": 0}, None, [])
+    assert capsys.readouterr().out.splitlines()[1:] == [
         "round 2/4  pairs 7  loss 0.51  rewards/margins 1.25  rewards/accuracies 0.80  20 s left",
+        "round 3/4  pairs 0  10 s left",
     ]
 
 
 def test_the_first_round_shows_three_of_its_pairs(measure_nothing, capsys):
     rng = np.random.default_rng(0)
-    pairs = dpo.rule_pairs(None, 0, World(), rng, prompts=5, prefer=3)
+    pairs = dpo.rule_pairs(None, 0, World(), rng, starts=[0, 5], prefer=3)
     report(rounds=50)({"round": 1, "pairs": 0}, None, pairs)
-    lines = capsys.readouterr().out.splitlines()[:-1]  # the last is the progress
     shown = [
-        re.fullmatch("chosen ([0-9=+]+) +rejected ([0-9=+]+)", line).groups() for line in lines
+        re.fullmatch("chosen ([0-9=+]+) +rejected ([0-9=+]+)", line).groups()
+        for line in capsys.readouterr().out.splitlines()
     ]
     expected = [(data.decode(chosen), data.decode(rejected)) for chosen, rejected in pairs]
     assert shown == expected[:3]

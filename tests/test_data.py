@@ -228,7 +228,7 @@ def test_held_out_targets_are_of_every_size():
     assert max(np.diff(data.HELD_OUT)) < 15
 
 
-# Lengths, masks and parts of equal size.
+# Lengths, masks and parts of about as many tokens.
 
 
 @given(st.lists(written_by_a_model, min_size=1))
@@ -267,10 +267,26 @@ def test_the_parts_of_a_batch_hold_every_line_once(lines, n_parts):
 
 
 @given(lines_that_end, st.integers(1, 20))
-def test_the_parts_of_a_batch_are_of_equal_size_and_none_is_empty(lines, n_parts):
+def test_a_part_of_a_batch_has_its_share_of_the_tokens_save_for_one_line(lines, n_parts):
+    lines = 5 * lines
+    parts = data.by_length(data.pad(lines, 10), n_parts)
+    tokens = [data.lengths(part).sum() for part in parts]
+    share, longest = sum(map(len, lines)) / n_parts, max(map(len, lines))
+    assert max(tokens) <= share + longest
+    if share >= longest:  # then no part is empty, and none is much smaller
+        assert len(parts) == n_parts and min(tokens) >= share - longest
+
+
+@given(lines_that_end, st.integers(1, 20))
+def test_a_batch_has_no_more_parts_than_asked_for_and_no_empty_one(lines, n_parts):
     sizes = [len(part) for part in data.by_length(data.pad(lines, 10), n_parts)]
-    assert len(sizes) == min(n_parts, len(lines))
-    assert max(sizes) - min(sizes) <= 1
+    assert 1 <= len(sizes) <= n_parts and min(sizes) >= 1
+
+
+def test_short_lines_make_a_larger_part_than_long_ones():
+    short, long = [data.END], [1, 2, 3, 4, 5, data.END]
+    parts = data.by_length(data.pad(10 * [long] + 61 * [short]), 2)
+    assert [len(part) for part in parts] == [10, 61]
 
 
 @given(lines_that_end, st.integers(1, 20))

@@ -373,15 +373,44 @@ def test_answers_by_rule_are_accepted_and_vary():
     assert len({tuple(line) for line in lines}) > 3
 
 
-def pairs_of_a_process(model, step, world, prompts, answers=2):
+# The sizes of the rounds.
+
+
+@given(st.integers(1, 300), st.integers(1, 500))
+def test_the_rounds_of_a_run_follow_each_other_from_target_0_and_none_is_empty(rounds, prompts):
+    starts = dpo.round_starts(rounds, prompts)
+    assert len(starts) == rounds + 1 and starts[0] == 0
+    sizes = np.diff(starts)
+    assert sizes.min() >= 1 and sizes.max() <= prompts
+
+
+def test_the_first_round_has_a_third_of_the_targets_of_the_last_one():
+    for prompts in 6, 60, 192:
+        sizes = np.diff(dpo.round_starts(50, prompts))
+        assert sizes[0] == prompts / 3 and sizes[-1] == prompts
+
+
+@given(st.integers(2, 300), st.integers(1, 500))
+def test_rounds_grow_in_a_straight_line(rounds, prompts):
+    """Save for rounding up."""
+    sizes = np.diff(dpo.round_starts(rounds, prompts))
+    line = [prompts / 3 + prompts * 2 / 3 * step / (rounds - 1) for step in range(rounds)]
+    assert (np.abs(sizes - np.array(line) - 0.5) <= 0.5 + 1e-9).all()
+
+
+# Runs of which the first rounds have fewer targets than there are processes, and longer ones.
+GROWING = [dpo.round_starts(rounds, prompts) for rounds, prompts in [(100, 1), (30, 8), (7, 192)]]
+
+
+def pairs_of_a_process(model, step, world, starts, answers=2):
     rng = np.random.default_rng(0)
-    return dpo.online_pairs(model, step, world, rng, prompts, answers, prefer=3)
+    return dpo.online_pairs(model, step, world, rng, starts, answers, prefer=3)
 
 
 MARK = answer(7, [1, 2, 4])  # stands for an answer that was made by rule
 
 
-def numbers_by_rule(monkeypatch, prompts, n_rounds, world_size):
+def numbers_by_rule(monkeypatch, starts, world_size):
     """The numbers of a run's targets whose accepted answers are made by rule.
 
     The targets of a round are dealt to the processes like cards. Here each target makes one pair,
@@ -389,41 +418,41 @@ def numbers_by_rule(monkeypatch, prompts, n_rounds, world_size):
     """
     monkeypatch.setattr(dpo, "accepted_by_rule", lambda target, n, prefer, rng: [MARK])
     found = []
-    for step in range(n_rounds):
+    for step in range(len(starts) - 1):
         for rank in range(world_size):
             model = Scripted(three_terms, two_terms)
-            pairs = pairs_of_a_process(model, step, World(rank, world_size), prompts)
+            pairs = pairs_of_a_process(model, step, World(rank, world_size), starts)
             for i, (chosen, _) in enumerate(pairs):
                 if data.decode(chosen) == data.decode(MARK):
-                    found.append(step * prompts + rank + i * world_size)
+                    found.append(starts[step] + rank + i * world_size)
     return sorted(found)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("prompts", [1, 5, 24, 32, 50, 192])
+@pytest.mark.parametrize("starts", [*GROWING, range(0, 132, 33)])
 def test_every_32nd_target_of_a_run_takes_its_accepted_answers_by_rule(
-    monkeypatch, prompts, world_size
+    monkeypatch, starts, world_size
 ):
-    """Whatever the number of processes and of targets in a round."""
-    n_rounds = math.ceil(100 / prompts)
-    found = numbers_by_rule(monkeypatch, prompts, n_rounds, world_size)
-    assert found == list(range(0, n_rounds * prompts, 32))
+    """Whatever the number of processes and of targets in each round."""
+    found = numbers_by_rule(monkeypatch, starts, world_size)
+    assert found == list(range(0, starts[-1], 32))
 
 
-@pytest.mark.parametrize("prompts", [1, 5, 192])
+@pytest.mark.parametrize("starts", GROWING)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_targets_of_a_round_are_shared_by_the_processes(prompts, world_size):
-    n_asked = []
-    for rank in range(world_size):
-        model = Scripted(three_terms)
-        pairs_of_a_process(model, 3, World(rank, world_size), prompts, answers=2)
-        n_asked.append(len(model.asked) // 2)
-    assert sum(n_asked) == prompts
-    assert max(n_asked) - min(n_asked) <= 1
+def test_the_targets_of_a_round_are_shared_by_the_processes(starts, world_size):
+    for step, size in enumerate(np.diff(starts)):
+        n_asked = []
+        for rank in range(world_size):
+            model = Scripted(three_terms)
+            pairs_of_a_process(model, step, World(rank, world_size), starts, answers=2)
+            n_asked.append(len(model.asked) // 2)
+        assert sum(n_asked) == size
+        assert max(n_asked) - min(n_asked) <= 1
 
 
 def test_answers_by_rule_are_paired_with_the_rejected_ones_of_the_policy():
-    pairs = pairs_of_a_process(Scripted(three_terms, two_terms), 0, World(), 32, answers=40)
+    pairs = pairs_of_a_process(Scripted(three_terms, two_terms), 0, World(), [0, 32], answers=40)
     model_made = [pair for pair in texts(pairs) if "=1+1+" in pair[0]]
     rule_made = [pair for pair in texts(pairs) if "=1+1+" not in pair[0]]
     assert len(model_made) == 31 * 20  # of every target but the first
@@ -435,13 +464,13 @@ def test_answers_by_rule_are_paired_with_the_rejected_ones_of_the_policy():
 
 def test_a_policy_without_an_accepted_answer_gets_none_by_rule():
     """It has not learned the task; the run should end rather than go on with the rule's answers."""
-    assert len(pairs_of_a_process(Scripted(two_terms, wrong_sum), 0, World(), 64)) == 0
+    assert len(pairs_of_a_process(Scripted(two_terms, wrong_sum), 0, World(), [0, 64])) == 0
 
 
 def test_online_pairs_come_from_fresh_answers_in_every_round():
     model, rng = Scripted(three_terms, two_terms), np.random.default_rng(0)
     for step in range(3):
-        dpo.online_pairs(model, step, World(), rng, prompts=16, answers=2, prefer=3)
+        dpo.online_pairs(model, step, World(), rng, starts=[0, 16, 32, 48], answers=2, prefer=3)
     rounds = [model.asked[:32], model.asked[32:64], model.asked[64:]]
     assert len(rounds[2]) == 32
     assert rounds[0] != rounds[1] and rounds[1] != rounds[2]
@@ -449,35 +478,71 @@ def test_online_pairs_come_from_fresh_answers_in_every_round():
 
 def test_online_pairs_are_of_training_targets():
     model = Scripted(three_terms)
-    pairs_of_a_process(model, 0, World(), 500)
+    pairs_of_a_process(model, 0, World(), [0, 500])
     assert set(model.asked) <= set(data.TRAINING)
 
 
-@pytest.fixture
-def once():
-    """The model that --pairs once asks, and the texts of its pairs in each of 100 rounds."""
-    model, rng = Scripted(three_terms, two_terms), np.random.default_rng(0)
-    make_pairs = dpo.OncePairs(prompts=4, answers=2, prefer=3)
-    return model, [texts(make_pairs(model, step, World(), rng)) for step in range(100)]
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_pairs_once_are_all_sampled_before_the_first_step(monkeypatch, world_size):
+    monkeypatch.setattr(dpo.OncePairs, "n_targets", 40)
+    n_asked = 0
+    for rank in range(world_size):
+        model, rng = Scripted(three_terms, two_terms), np.random.default_rng(0)
+        make_pairs = dpo.OncePairs(dpo.round_starts(9, 30), answers=2, prefer=3)
+        make_pairs(model, 0, World(rank, world_size), rng)
+        asked_before_the_first_step = list(model.asked)
+        for step in range(1, 9):
+            make_pairs(model, step, World(rank, world_size), rng)
+        assert model.asked == asked_before_the_first_step
+        n_asked += len(model.asked)
+    assert n_asked == 40 * 2
 
 
-def test_pairs_once_are_sampled_for_fifty_rounds_before_the_first_step(once):
-    model, rounds = once
-    assert len(model.asked) == 50 * 4 * 2
-    sizes = {len(pairs) for pairs in rounds}
-    assert sizes <= {3, 4}  # as many as online, save for what the rule makes
+def rounds_of_pairs_once(monkeypatch, starts):
+    """The pairs of each round of a run. The answers of the SFT model to 240 targets have made three
+    pairs each, and a number from 0 to 719 stands for a pair."""
+    monkeypatch.setattr(dpo.OncePairs, "n_targets", 240)
+    monkeypatch.setattr(dpo, "online_pairs", lambda *_: np.arange(3 * 240))
+    make_pairs, rng = dpo.OncePairs(starts, answers=6, prefer=3), np.random.default_rng(0)
+    return [make_pairs(None, step, World(), rng) for step in range(len(starts) - 1)]
 
 
-def test_pairs_once_come_again_in_another_order(once):
-    _, rounds = once
-    first, second = sum(rounds[:50], []), sum(rounds[50:], [])
-    assert sorted(first) == sorted(second) and first != second
+def test_a_round_of_pairs_once_has_its_share_of_them(monkeypatch):
+    starts = dpo.round_starts(60, 48)
+    sizes = [len(pairs) for pairs in rounds_of_pairs_once(monkeypatch, starts)]
+    np.testing.assert_array_equal(sizes, 3 * np.diff(starts))
+
+
+def test_pairs_once_do_not_come_again_before_the_others_are_used(monkeypatch):
+    rounds = rounds_of_pairs_once(monkeypatch, dpo.round_starts(60, 48))
+    used = np.concatenate(rounds).tolist()
+    first_that_comes_again = next(i for i, pair in enumerate(used) if pair in used[:i])
+    assert first_that_comes_again == 3 * 240
+
+
+def test_when_all_pairs_once_are_used_they_come_again_in_another_order(monkeypatch):
+    rounds = rounds_of_pairs_once(monkeypatch, range(0, 481, 8))  # enough for two times
+    first, second = np.concatenate(rounds[:30]).tolist(), np.concatenate(rounds[30:]).tolist()
+    assert sorted(first) == sorted(second) == list(range(3 * 240))
+    assert first != second and first != sorted(first)
+
+
+@pytest.mark.parametrize("starts", GROWING)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_pairs_by_rule_are_as_many_as_a_round_has_targets(starts, world_size):
+    rng = np.random.default_rng(0)
+    for step, size in enumerate(np.diff(starts)):
+        n_pairs = [
+            len(dpo.rule_pairs(None, step, World(rank, world_size), rng, starts, prefer=3))
+            for rank in range(world_size)
+        ]
+        assert sum(n_pairs) == size
 
 
 @given(st.integers(2, 5), seeds)
 def test_pairs_by_rule_are_right_sums_that_differ_in_their_number_of_terms(prefer, seed):
     rng = np.random.default_rng(seed)
-    pairs = dpo.rule_pairs(None, 0, World(), rng, prompts=20, prefer=prefer)
+    pairs = dpo.rule_pairs(None, 0, World(), rng, starts=[0, 20], prefer=prefer)
     assert pairs.shape == (20, 2, data.MAX_LEN)
     for chosen_line, rejected_line in pairs:
         target, chosen = read(chosen_line)
@@ -489,7 +554,7 @@ def test_pairs_by_rule_are_right_sums_that_differ_in_their_number_of_terms(prefe
 
 def test_rejected_answers_by_rule_have_every_other_number_of_terms():
     rng = np.random.default_rng(0)
-    pairs = dpo.rule_pairs(None, 0, World(), rng, prompts=200, prefer=3)
+    pairs = dpo.rule_pairs(None, 0, World(), rng, starts=[0, 200], prefer=3)
     assert {len(read(line)[1]) for line in pairs[:, 1]} == {2, 4, 5}
 
 
@@ -497,17 +562,18 @@ def test_rejected_answers_by_rule_have_every_other_number_of_terms():
 def test_pairs_by_rule_are_shared_by_the_processes(prompts, sizes):
     rng = np.random.default_rng(0)
     for rank, size in enumerate(sizes):
-        pairs = dpo.rule_pairs(None, 0, World(rank, 3), rng, prompts=prompts, prefer=3)
+        pairs = dpo.rule_pairs(None, 0, World(rank, 3), rng, starts=[0, prompts], prefer=3)
         assert len(pairs) == size
 
 
 @pytest.mark.parametrize("name", ["online", "once", "rule"])
-def test_each_source_of_pairs_has_its_name(name):
-    make_pairs = dpo.pairs_maker(name, prompts=4, answers=2, prefer=2)
+def test_each_source_of_pairs_has_its_name(monkeypatch, name):
+    monkeypatch.setattr(dpo.OncePairs, "n_targets", 40)
+    make_pairs = dpo.pairs_maker(name, starts=[0, 4], answers=2, prefer=2)
     model = Scripted(three_terms, two_terms)
     pairs = make_pairs(model, 0, World(), np.random.default_rng(0))
     assert len(pairs) > 0
-    assert len(model.asked) == {"online": 4 * 2, "once": 50 * 4 * 2, "rule": 0}[name]
+    assert len(model.asked) == {"online": 4 * 2, "once": 40 * 2, "rule": 0}[name]
     assert {len(read(chosen)[1]) for chosen in pairs[:, 0]} == {2}
 
 
@@ -691,7 +757,7 @@ def test_what_the_report_adds_to_a_row_is_in_the_history():
 # Several processes. Each finds some of the pairs of a round, in one of them none: round 1 leaves
 # the last process without pairs, round 2 rank 0, and in round 3 nobody finds one.
 
-MANY_PAIRS = dpo.rule_pairs(None, 0, World(), np.random.default_rng(0), prompts=70, prefer=3)
+MANY_PAIRS = dpo.rule_pairs(None, 0, World(), np.random.default_rng(0), [0, 70], prefer=3)
 DEALT = [
     [MANY_PAIRS[:30], MANY_PAIRS[30:], NO_PAIRS],
     [NO_PAIRS, MANY_PAIRS[:1], MANY_PAIRS[1:]],

@@ -25,12 +25,12 @@ def trained():
     """A model after SFT, the losses of that, the policy after DPO, and the history of that."""
     config = Config(len(data.VOCAB), d_model=32, n_layers=2, n_heads=2, d_hidden=64)
     model = Transformer(config)
-    losses = sft.train(World(), model, no_report, steps=300, batch_size=64, lr=1e-2, seed=0)
+    losses = sft.train(World(), model, no_report, steps=300, batch_size=128, lr=1e-2, seed=0)
 
     policy = copy.deepcopy(model)
-    make_pairs = dpo.pairs_maker("online", prompts=32, answers=8, prefer=PREFER)
+    make_pairs = dpo.pairs_maker("online", dpo.round_starts(50, 48), answers=8, prefer=PREFER)
     history = dpo.train(
-        World(), policy, model, make_pairs, no_report, rounds=40, beta=0.8, lr=1e-3, seed=0
+        World(), policy, model, make_pairs, no_report, rounds=50, beta=0.8, lr=1e-3, seed=0
     )
     return model, losses, policy, history
 
@@ -45,7 +45,7 @@ def test_sft_learns_more_than_which_token_follows_which(trained):
 def test_dpo_learns_to_order_pairs_that_it_has_not_seen(trained):
     model, _, policy, _ = trained
     rng = np.random.default_rng(1)
-    pairs = dpo.rule_pairs(None, 0, World(), rng, prompts=100, prefer=PREFER)
+    pairs = dpo.rule_pairs(None, 0, World(), rng, starts=[0, 100], prefer=PREFER)
     logps = [*dpo.pair_logps(policy, pairs), *dpo.pair_logps(model, pairs)]
     found = dpo.pair_metrics(*logps, beta=0.8)
     assert found["loss"] < 0.6

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -138,15 +139,37 @@ def test_ctrl_c_while_pictures_are_drawn_leaves_the_new_checkpoint(earlier):
     assert set(os.listdir()) == {"sft.npz", "out.npz", "out.json"}
 
 
-def test_ctrl_c_in_a_terminal(earlier):
-    """The program itself, without any change, pressed after its first round."""
-    program = [sys.executable, ROOT / "dpo.py", *RUNS["dpo"], "--out", "out.npz"]
-    process = start([*program, "--rounds", "1000000", "--processes", "2"])
+# The program itself, without any change.
+LONG_RUN = [sys.executable, ROOT / "dpo.py", *RUNS["dpo"], "--out", "out.npz"]
+LONG_RUN += ["--rounds", "1000000", "--processes", "2"]
+
+
+def test_ctrl_c_after_the_first_line_of_progress(earlier):
+    process = start(LONG_RUN)
     for line in process.stdout:
-        if line.startswith("round 1/"):
+        if re.match("round [0-9,]+/1,000,000  ", line):
             break
     os.killpg(process.pid, signal.SIGINT)
     assert end_of(process) == (130, "stopped\n")
+    assert_nothing_lost(earlier)
+
+
+def test_ctrl_c_on_a_terminal_takes_the_bar_away(earlier):
+    our_end, its_end = pty.openpty()
+    process = start(LONG_RUN, stdout=its_end)
+    os.close(its_end)
+    written = b""
+    while b"s left" not in written:
+        written += os.read(our_end, 1000)
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(OSError):  # which may mean that nobody writes any more
+        while more := os.read(our_end, 1000):
+            written += more
+    os.close(our_end)
+    assert end_of(process) == (130, "stopped\n")
+    *_, bar, rest = written.decode().split("\r\x1b[K")
+    assert re.fullmatch(r"round [0-9,]+/1,000,000  \[\.{20}\]  [0-9]+ s left", bar)
+    assert rest == ""
     assert_nothing_lost(earlier)
 
 

@@ -20,6 +20,8 @@ import symptoms
 import cli
 import data
 import dpo
+import sft
+from seeds import rounds_of_one_size
 from tinygrad_lite import AdEMAMix, Tensor, World, launch
 from transformer import Config, Transformer
 
@@ -121,7 +123,8 @@ def say_nothing(row, policy, pairs):
 
 
 def by_rule(policy, step, world, rng):
-    return dpo.rule_pairs(policy, step, world, rng, prompts=6, prefer=3)
+    starts = range(0, 61, 6)  # six pairs in each of ten rounds
+    return dpo.rule_pairs(policy, step, world, rng, starts, prefer=3)
 
 
 def history_and_weights(world, train, rounds=4, make_pairs=by_rule, reference=None):
@@ -215,32 +218,33 @@ def test_all_processes_stop_when_rank_0_says_so():
 def test_pairs_are_drawn_every_so_often_and_all_used_in_between(monkeypatch):
     draws = []
 
-    def online_pairs(policy, step, world, rng, prompts, answers, prefer):
-        draws.append((step, prompts))
-        return np.arange(prompts) + 1000 * step  # one number stands for a pair
+    def online_pairs(policy, step, world, rng, starts, answers, prefer):
+        draws.append([starts[step], starts[step + 1]])
+        return np.arange(*draws[-1])  # the number of a target stands for a pair
 
     monkeypatch.setattr(dpo, "online_pairs", online_pairs)
     rng = np.random.default_rng(0)
-    make_pairs = loop.FreshEvery(3, prompts=4, answers=8, prefer=3)
+    make_pairs = loop.FreshEvery(3, starts=range(0, 37, 4), answers=8, prefer=3)
     rounds = [make_pairs(None, step, World(), rng) for step in range(9)]
-    assert draws == [(0, 12), (1, 12), (2, 12)]
+    assert draws == [[0, 12], [12, 24], [24, 36]]
     for draw in range(3):
         used = np.concatenate(rounds[3 * draw : 3 * draw + 3])
-        assert sorted(used) == list(range(1000 * draw, 1000 * draw + 12))
+        assert sorted(used) == list(range(*draws[draw]))
 
     # Every hundred rounds: fifty rounds of pairs, which come twice, and in another order.
     draws.clear()
-    make_pairs = loop.FreshEvery(100, prompts=4, answers=8, prefer=3)
+    make_pairs = loop.FreshEvery(100, starts=range(0, 601, 4), answers=8, prefer=3)
     rounds = [make_pairs(None, step, World(), rng) for step in range(101)]
-    assert draws == [(0, 200), (1, 200)]
+    assert draws == [[0, 200], [400, 600]]
     first, again = np.concatenate(rounds[:50]), np.concatenate(rounds[50:100])
     assert sorted(first) == sorted(again) == list(range(200)) and list(first) != list(again)
-    # Without an end they are those of --pairs once.
-    once, never = dpo.OncePairs(4, 8, 3), loop.FreshEvery(1000, 4, 8, 3)
-    one, other = np.random.default_rng(1), np.random.default_rng(1)
-    for step in range(60):
-        expected = once(None, step, World(), one)
-        np.testing.assert_array_equal(never(None, step, World(), other), expected)
+    # Every round: as many as the round has targets, as in online DPO.
+    draws.clear()
+    starts = dpo.round_starts(9, 30)
+    make_pairs = loop.FreshEvery(1, starts, answers=8, prefer=3)
+    sizes = [len(make_pairs(None, step, World(), rng)) for step in range(9)]
+    assert sizes == np.diff(starts).tolist()
+    assert draws == [[start, end] for start, end in zip(starts, starts[1:])]
 
 
 def test_own_pairs_hold_no_answer_made_by_rule(monkeypatch):
@@ -251,9 +255,9 @@ def test_own_pairs_hold_no_answer_made_by_rule(monkeypatch):
         return [([line("9=4+4+1")], [line("9=4+5")]) for _ in targets]
 
     monkeypatch.setattr(dpo, "sample_and_judge", sample_and_judge)
-    make_pairs = loop.own(prompts=33, answers=8, prefer=3)
+    make_pairs = loop.own(starts=[0, 7, 40], answers=8, prefer=3)
     for rank in range(2):
-        pairs = make_pairs(None, 0, World(rank, 2), np.random.default_rng(0))
+        pairs = make_pairs(None, 1, World(rank, 2), np.random.default_rng(0))
         assert {data.decode(chosen) for chosen, _ in pairs} == {"9=4+4+1"}
     assert asked == [17, 16]
 
@@ -271,7 +275,7 @@ SMALL = ["--rounds", "3", "--prompts", "16"]
 def save_sft(folder):
     """A model that has learned nothing, as if sft.py had trained it."""
     tiny_model().save(folder / "sft-seed0.npz")
-    facts = {"settings": {"steps": 7000}, "seconds": 1.0}
+    facts = {"settings": {"steps": sft.parse_arguments([]).steps}, "seconds": 1.0}
     cli.write_json(folder / "sft-seed0.json", facts)
 
 
@@ -294,6 +298,7 @@ def test_a_run_that_is_there_is_read_and_one_with_other_settings_is_not_mistaken
             lab.Experiment("name", "--pairs rule --beta 3", "", loop.train),
             lab.Experiment("name", "--pairs rule", "", no_clip),
             lab.Experiment("name", "--pairs rule", "", loop.train, loop.own),
+            lab.Experiment("name", "--pairs rule", "", loop.train, None, rounds_of_one_size),
         ):
             with pytest.raises(cli.UserError, match="other settings"):
                 lab.run(options, other, seed=0)
@@ -304,6 +309,20 @@ def test_a_run_that_is_there_is_read_and_one_with_other_settings_is_not_mistaken
 
     (tmp_path / "name-seed0.npz").unlink()  # half a run is none
     assert lab.run(options, experiment, seed=0)["history"] == facts["history"]
+
+
+def test_a_run_has_rounds_as_large_as_its_experiment_says(tmp_path, monkeypatch):
+    """Those of the demo are of one size, as they were when this project began."""
+    monkeypatch.setattr(lab, "SAMPLES", 2)
+    save_sft(tmp_path)
+    assert seeds.DEMO.starts is rounds_of_one_size
+    for name, starts, sizes in (
+        ("demo", rounds_of_one_size, [16, 16, 16]),
+        ("grows", dpo.round_starts, np.diff(dpo.round_starts(3, 16)).tolist()),
+    ):
+        experiment = lab.Experiment(name, "--pairs rule", starts=starts)
+        history = lab.run(options_for(tmp_path, *SMALL), experiment, seed=0)["history"]
+        assert [row["pairs"] for row in history] == [0, *sizes]
 
 
 def test_settings_tell_apart_what_a_run_changes():
@@ -317,11 +336,12 @@ def test_settings_tell_apart_what_a_run_changes():
     often, seldom = (
         lab.Experiment("a", pairs=functools.partial(loop.FreshEvery, n)) for n in (10, 100)
     )
+    even = lab.Experiment("a", starts=rounds_of_one_size)
     all_settings = [
-        settings(experiment) for experiment in (lab.ONLINE, weak, strong, often, seldom)
+        settings(experiment) for experiment in (lab.ONLINE, weak, strong, often, seldom, even)
     ]
     texts = {json.dumps(one) for one in all_settings}
-    assert len(texts) == 5 and not any(" at 0x" in text for text in texts)
+    assert len(texts) == 6 and not any(" at 0x" in text for text in texts)
     for one in all_settings:
         assert json.loads(json.dumps(one)) == one  # as it is when it is read again
 

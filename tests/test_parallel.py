@@ -252,7 +252,7 @@ def test_a_function_that_cannot_be_imported_is_an_error():
 
 
 def die(world, dying_rank):
-    """Add up numbers for ever; but one process is killed."""
+    """Add up numbers for ever; but one process, unless dying_rank is None, is killed."""
     for step in itertools.count():
         if world.rank == dying_rank and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -297,32 +297,52 @@ def test_the_others_ignore_ctrl_c():
     assert launch(2, interrupt, 1) == "done"
 
 
-@pytest.mark.parametrize("error", [None, KeyError("a zero")], ids=repr)
-def test_the_handler_of_ctrl_c_is_restored(error):
-    def handler(number, frame):
-        pass
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        if error is None:
-            launch(1, ignore)
-        else:
-            with pytest.raises(KeyError):
-                launch(1, fail_without_a_word, 0, error)
-        assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+def interrupted_start(process, start=multiprocessing.process.BaseProcess.start):
+    """Ctrl-C comes just before a process starts."""
+    os.kill(os.getpid(), signal.SIGINT)
+    start(process)
 
 
-def test_the_handler_of_ctrl_c_is_restored_if_no_process_can_be_started(monkeypatch):
+def test_ctrl_c_while_processes_start_stops_the_run(monkeypatch):
+    """It waits until all have started: one that was just about to start might be missed."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        launch(3, die, None)  # which goes on for ever
+
+
+def response_to_ctrl_c():
+    """The handler, and whether it has to wait."""
+    return signal.getsignal(signal.SIGINT), signal.SIGINT in signal.pthread_sigmask(
+        signal.SIG_BLOCK, []
+    )
+
+
+def test_ctrl_c_works_as_before_during_a_run_and_after_it():
+    before = response_to_ctrl_c()
+    assert launch(2, response_on_rank_0) == before
+    assert response_to_ctrl_c() == before
+
+
+def response_on_rank_0(world):
+    return response_to_ctrl_c()
+
+
+def test_ctrl_c_works_as_before_after_an_error():
+    before = response_to_ctrl_c()
+    with pytest.raises(KeyError):
+        launch(2, fail_without_a_word, 0, KeyError("a zero"))
+    assert response_to_ctrl_c() == before
+
+
+def test_ctrl_c_works_as_before_if_no_process_can_be_started(monkeypatch):
     def start(process):
         raise OSError("not enough memory")
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
-    before = signal.getsignal(signal.SIGINT)
+    before = response_to_ctrl_c()
     with pytest.raises(OSError, match="not enough memory"):
         launch(2, ignore)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert response_to_ctrl_c() == before
 
 
 def start_script(folder, text):
@@ -337,6 +357,20 @@ def start_script(folder, text):
         text=True,
         encoding="utf-8",
     )
+
+
+SCRIPT_WITH_CTRL_C = """
+from test_parallel import interrupt, launch
+
+if __name__ == "__main__":
+    print(launch(2, interrupt, 1))
+"""
+
+
+def test_the_others_ignore_ctrl_c_in_the_first_run_of_a_program_too(tmp_path):
+    """With the first process, Python starts a helper of its own, which changes signals."""
+    script = start_script(tmp_path, SCRIPT_WITH_CTRL_C)
+    assert script.communicate(timeout=30) == ("done\n", "")
 
 
 SCRIPT_WITHOUT_A_GUARD = """

@@ -1,6 +1,5 @@
 """The SFT objective: which tokens count and how parts add up; the excess; training."""
 
-import functools
 import itertools
 import math
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import cli
 import data
 import sft
 from helpers import (
@@ -178,17 +178,49 @@ def silent(step, loss):
 
 
 def train(seed=0, steps=5, batch_size=200, lr=1e-2, report=silent):
-    """A run in this process: the trained weights, and its losses. A batch of 200 makes 4 parts."""
+    """A run in this process: the trained weights, and its losses. Its last batch makes 3 parts."""
     model = model_of_the_task(seed)
     losses = sft.train(World(), model, report, steps, batch_size, lr, seed)
     return weights(model), losses
 
 
-def test_the_first_loss_is_that_of_the_first_batch():
+def batches_and_losses(monkeypatch, steps, batch_size):
+    """The lines of each step of a run, and its losses."""
+    batches = []
+    random_lines = data.random_lines
+
+    def make_and_record(n, rng):
+        batches.append(random_lines(n, rng))
+        return batches[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "random_lines", make_and_record)
+        _, losses = train(steps=steps, batch_size=batch_size)
+    return batches, losses
+
+
+def test_the_first_loss_is_that_of_the_first_batch(monkeypatch):
     """Weighted by their tokens, the losses of the parts add up to the loss of the whole."""
-    ids = data.random_lines(200, data.random_stream(0, "SFT lines"))
+    batches, losses = batches_and_losses(monkeypatch, steps=2, batch_size=600)
+    n_lines = len(batches[0])
+    assert n_lines > 2 * sft.LINES_AT_ONCE  # so there are several parts
+    ids = data.random_lines(n_lines, data.random_stream(0, "SFT lines"))
+    assert np.array_equal(batches[0], ids)
     expected = sft.sft_loss(model_of_the_task(0), ids).item()
-    assert train(steps=1)[1] == [pytest.approx(expected, abs=1e-5)]
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [16, 15, 50])
+def test_batches_grow_in_a_straight_line_from_a_fraction_to_the_batch_size(monkeypatch, batch_size):
+    batches, _ = batches_and_losses(monkeypatch, steps=60, batch_size=batch_size)
+    sizes = [len(ids) for ids in batches]
+    assert batch_size / 5 < sizes[0] < batch_size / 2 and sizes[-1] == batch_size
+    assert np.abs(sizes - np.linspace(sizes[0], batch_size, 60)).max() < 1
+
+
+def test_a_batch_has_at_least_one_line(monkeypatch):
+    batches, _ = batches_and_losses(monkeypatch, steps=3, batch_size=1)
+    assert [len(ids) for ids in batches] == [1, 1, 1]
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -242,7 +274,7 @@ def test_the_report_hears_of_every_step_and_its_loss():
 
 @pytest.fixture
 def schedule(monkeypatch):
-    """The learning rate and the weight of the slow mean in each of 20 steps at a peak rate of 0.6."""
+    """Learning rate and weight of the slow mean in each of 20 steps, with a peak rate of 0.6."""
     seen = []
     step = sft.AdEMAMix.step
 
@@ -268,14 +300,10 @@ def test_the_slow_mean_counts_more_from_step_to_step(schedule):
     np.testing.assert_allclose(alphas, np.linspace(0, 16, 20, endpoint=False))
 
 
-@pytest.mark.parametrize("steps", [1, 39, 40, 41, 99, 7000])
-def test_progress_is_shown_forty_times_and_at_the_end(capsys, steps):
-    show = functools.partial(sft.show, steps=steps, started=0.0)
-    shown = []
-    for step in range(1, steps + 1):
-        show(step, 0.5)
-        if capsys.readouterr().out:
-            shown.append(step)
-    assert len(shown) == min(40, steps) and shown[-1] == steps
-    gaps = np.diff([0, *shown])
-    assert max(gaps) - min(gaps) <= 1  # evenly
+def test_a_line_of_progress_tells_the_step_and_the_loss(capsys):
+    progress = cli.Progress("step", 2)
+    sft.show(1, 2.5, progress)
+    sft.show(2, 1.25, progress)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/2  loss 2.500  ")
+    assert last == "step 2/2  loss 1.250  0 s left"

@@ -160,7 +160,7 @@ def test_gradcheck_is_as_accurate_for_large_inputs(size):
 
 @pytest.mark.parametrize("found, true", [(1000.0, 1.0), (1.0, 1000.0), (0.1, 0.3), (-2.0, 3.0)])
 def test_gradcheck_returns_the_error_that_it_defines(found, true):
-    """|a - b| / max(1, |a|, |b|): absolute where slopes are small, relative where they are large."""
+    """|a - b| / max(1, |a|, |b|): absolute for small slopes, relative for large ones."""
     weight = abs(np.random.default_rng(0).standard_normal(()))  # gradcheck's, for the one element
     a, b = weight * found, weight * true
     expected = abs(a - b) / max(1, abs(a), abs(b))

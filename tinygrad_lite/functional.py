@@ -75,7 +75,7 @@ def log_sigmoid(x):
     out = np.minimum(x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
 
     def backward(grad):
-        # The slope is 1 - sigmoid(x) = sigmoid(-x) = exp(log_sigmoid(-x)); see above, with -x for x.
+        # The slope is 1 - sigmoid(x) = sigmoid(-x) = exp(log_sigmoid(-x)): as above, with -x for x.
         log_slope = np.minimum(-x.data, 0) - np.log1p(np.exp(-np.abs(x.data)))
         return (grad * np.exp(log_slope),)
 

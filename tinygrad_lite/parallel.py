@@ -6,7 +6,7 @@ lets only one of them run Python code at a time.)
 """
 
 import contextlib
-import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 from multiprocessing.pool import ExceptionWithTraceback
 
@@ -67,21 +67,25 @@ def launch(world_size, function, *arguments):
     and is raised here; EOFError or ConnectionResetError means that one was killed.
     """
     world = World(0, world_size, pipes=[])
-    # In a terminal, Ctrl-C reaches every process. Rank 0 ends the others, so they must ignore it:
-    # a process ignores what its parent ignored when starting it.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.ExitStack() as at_exit:  # however it ends; the last callback runs first
-        at_exit.callback(signal.signal, signal.SIGINT, handler)
-        for rank in range(1, world_size):
-            pipe, their_pipe = multiprocessing.Pipe()
-            theirs = World(rank, world_size, [their_pipe])
-            process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs,))
-            process.start()
-            at_exit.callback(process.join)
-            at_exit.callback(process.kill)
-            world.pipes.append(pipe)
-            their_pipe.close()  # they have a copy; if ours were open, we would not see it close
-        signal.signal(signal.SIGINT, handler)
+        with contextlib.ExitStack() as when_started:
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+                # In a terminal, Ctrl-C reaches every process, and rank 0 then ends the others. So
+                # they start with it blocked, and remain so; here it waits until all are started.
+                # (The resource tracker, a process of Python's own, would unblock it if it started
+                # in between.)
+                multiprocessing.resource_tracker.ensure_running()
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                when_started.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+            for rank in range(1, world_size):
+                pipe, their_pipe = multiprocessing.Pipe()
+                world.pipes.append(pipe)
+                theirs = World(rank, world_size, [their_pipe])
+                process = multiprocessing.get_context("spawn").Process(target=_work, args=[theirs])
+                process.start()
+                at_exit.callback(process.join)
+                at_exit.callback(process.kill)
+                their_pipe.close()  # they have a copy; with ours open, we would not see it close
         world._exchange({"work": (function, arguments)})
         result = function(world, *arguments)
         world.all_reduce(0)  # wait for the others; raises if one of them failed late

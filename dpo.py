@@ -363,7 +363,7 @@ def parse_arguments(argv):
         help="targets (pairs by rule) in the last round",
     )
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")
-    add("--lr", type=cli.positive, default=2.5e-4, help="peak learning rate of Adam")
+    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam")
     add("--sft", type=Path, default=Path("runs/sft.npz"), help="where policy and reference start")
     add("--seed", type=cli.seed, default=0, help="repeats a run with the same --processes")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that share the work")

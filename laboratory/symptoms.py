@@ -65,7 +65,7 @@ def jumps(options):
     """3. The loss jumps, and margins change their sign"""
     columns = ["highest loss", "lowest accuracy", "negative margins", "exact", "both"]
     no_clip = functools.partial(loop.train, max_norm=None)
-    divisor = functools.partial(loop.train, divisor=384)  # half of the pairs that a round can have
+    divisor = functools.partial(loop.train, divisor=288)  # half of what a round can have
     experiments = [
         Experiment("rough", ROUGH_FLAGS),
         Experiment("rough-no-clip", ROUGH_FLAGS, "no clip", train=no_clip),

@@ -351,7 +351,8 @@ def show_steps(clock, total, seconds_per_step, steps=None):
     for step in range(1, (steps or total) + 1):
         clock.now += seconds_per_step
         progress.show(step, step / total, f"loss {step}.5", example)
-    progress.end()
+    if steps is None:
+        progress.end()
     return examples
 
 

@@ -125,6 +125,7 @@ def online_pairs(policy, step, world, rng, starts, answers, prefer):
     For every 32nd target, sums made by rule replace the accepted answers: otherwise an answer the
     policy has stopped writing could never be chosen again, and its answers would lose variety.
     """
+    # The targets of the round are dealt to the processes in turn; these are the numbers of ours.
     numbers = range(starts[step] + world.rank, starts[step + 1], world.world_size)
     targets = rng.choice(data.TRAINING, len(numbers))
     judged = sample_and_judge(policy, targets, answers, prefer, rng)

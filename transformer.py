@@ -151,9 +151,8 @@ class Transformer:
         starts = np.array([len(prompt) for prompt in prompts])  # (B,)
         if starts.min() < 1:
             raise ValueError("a prompt needs at least one token")
-        stops = (
-            starts + max_new_tokens
-        )  # (B,): one past the last token; lowered once a line has ended
+        # Where each line stops, one past its last token: (B,). It is lowered once a line has ended.
+        stops = starts + max_new_tokens
         ids = np.zeros((len(prompts), stops.max()), int)  # (B, T), to be filled column by column
         for line, prompt in zip(ids, prompts):
             line[: len(prompt)] = prompt

@@ -399,7 +399,9 @@ def main(argv=None):
         # Does the judge reject everything or accept everything? The last row is of the policy's
         # sampled answers to all targets.
         if rows[-1]["both"] < 0.5:
-            raise cli.UserError("too few accepted answers; raise --answers or train SFT longer")
+            raise cli.UserError(
+                "too few accepted answers; lower --lr, raise --answers or train SFT longer"
+            )
         print(f"nothing left to reject: training ended after round {history[-1]['round']:,}")
     facts = {"settings": vars(arguments), "seconds": seconds, "metrics": rows, "history": history}
     policy.save(out)

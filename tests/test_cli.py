@@ -560,7 +560,8 @@ TWO_ANSWERS = ["--sft", "sft.npz", *RULE[2:], "--answers", 2]  # of a model that
 @pytest.mark.parametrize("rounds", [3, 50])
 def test_a_model_without_accepted_answers_ends_in_advice(rounds):
     message = message_of("dpo", *TWO_ANSWERS, "--rounds", rounds, "--out", "out.npz")
-    assert message == "too few accepted answers; raise --answers or train SFT longer"
+    advice = "lower --lr, raise --answers or train SFT longer"
+    assert message == f"too few accepted answers; {advice}"
     assert_nothing_written()
 
 

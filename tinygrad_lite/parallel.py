@@ -69,7 +69,7 @@ def launch(world_size, function, *arguments):
     world = World(0, world_size, pipes=[])
     with contextlib.ExitStack() as at_exit:  # however it ends; the last callback runs first
         with contextlib.ExitStack() as when_started:
-            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            if world_size > 1 and hasattr(signal, "pthread_sigmask"):  # not on Windows
                 # In a terminal, Ctrl-C reaches every process, and rank 0 then ends the others. So
                 # they start with it blocked, and remain so; here it waits until all are started.
                 # (The resource tracker, a process of Python's own, would unblock it if it started

@@ -17,7 +17,7 @@ import eval as evaluation
 from sft import completion_logps
 
 PATIENCE = 10  # rounds in a row without a pair after which training ends
-BY_RULE_EVERY = 32  # for every 32nd target, sums made by rule replace the accepted answers
+BY_RULE_EVERY = 48  # for every 48th target, sums made by rule replace the accepted answers
 LOGGED = (  # means over the pairs of a round, named as in Hugging Face's TRL
     "loss",
     "rewards/chosen",
@@ -122,7 +122,7 @@ def online_pairs(policy, step, world, rng, starts, answers, prefer):
 
     starts: see round_starts; answers: sampled for each target.
 
-    For every 32nd target, sums made by rule replace the accepted answers: otherwise an answer the
+    For every 48th target, sums made by rule replace the accepted answers: otherwise an answer the
     policy has stopped writing could never be chosen again, and its answers would lose variety.
     """
     # The targets of the round are dealt to the processes in turn; these are the numbers of ours.
@@ -360,7 +360,7 @@ def parse_arguments(argv):
     add(
         "--prompts",
         type=cli.whole(1),
-        default=144,
+        default=160,
         help="targets (pairs by rule) in the last round",
     )
     add("--answers", type=cli.whole(2), default=8, help="answers sampled for each target")

@@ -430,12 +430,12 @@ def numbers_by_rule(monkeypatch, starts, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("starts", [*GROWING, range(0, 132, 33)])
-def test_every_32nd_target_of_a_run_takes_its_accepted_answers_by_rule(
+def test_every_48th_target_of_a_run_takes_its_accepted_answers_by_rule(
     monkeypatch, starts, world_size
 ):
     """Whatever the number of processes and of targets in each round."""
     found = numbers_by_rule(monkeypatch, starts, world_size)
-    assert found == list(range(0, starts[-1], 32))
+    assert found == list(range(0, starts[-1], dpo.BY_RULE_EVERY))
 
 
 @pytest.mark.parametrize("starts", GROWING)

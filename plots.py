@@ -142,29 +142,24 @@ def dpo_training(history, path):
         )
 
 
+def token_strip(ax, tokens, scale):
+    """An answer token by token, [(token, reward), ...], coloured from -scale to scale: an image."""
+    image = ax.imshow(
+        [[value for _, value in tokens]], cmap="PuOr_r", vmin=-scale, vmax=scale, aspect="auto"
+    )
+    for i, (token, value) in enumerate(tokens):
+        colour = "white" if abs(value) > 0.7 * scale else "black"
+        ax.text(i, 0, f"{token}\n{value:+.1f}", ha="center", va="center", fontsize=11, color=colour)
+    ax.set(xticks=[], yticks=[])
+    return image
+
+
 def credit(rows, path):
     """Dicts of `eval.credit`: each completion by token, coloured by its share of the reward."""
     with picture(path, len(rows), 1, size=(9, 1.7 * len(rows) + 0.5)) as grid:
         scale = max(abs(value) for row in rows for _, value in row["tokens"]) or 1.0
         for ax, row in zip(grid, rows):
-            image = ax.imshow(
-                [[value for _, value in row["tokens"]]],
-                cmap="PuOr_r",
-                vmin=-scale,
-                vmax=scale,
-                aspect="auto",
-            )
-            for i, (token, value) in enumerate(row["tokens"]):
-                ax.text(
-                    i,
-                    0,
-                    f"{token}\n{value:+.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=11,
-                    color="white" if abs(value) > 0.7 * scale else "black",
-                )
-            ax.set(xticks=[], yticks=[])
+            image = token_strip(ax, row["tokens"], scale)
             ax.set_title(
                 "{line}:  p_ref {:.2g}, p_policy {:.2g},  reward {reward:+.1f}".format(
                     np.exp(row["reference_logp"]), np.exp(row["policy_logp"]), **row

@@ -8,8 +8,10 @@ import argparse
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,8 @@ import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
 
 SAMPLES = 200  # answers to each held-out target, sampled after a run
+SFT_PY = Path("runs/sft.npz")  # what sft.py writes by default
+LARGE = [target for target in data.HELD_OUT if target > 50]  # those with many right sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Experiment:
     train: the training loop, dpo.train or a functools.partial of loop.train.
     pairs(starts, answers, prefer): returns the loop's make_pairs. None: as the flag --pairs says.
     starts(rounds, prompts): where the rounds of a run begin, see dpo.round_starts.
+    report: a class such as dpo.Report or Report, which measures and prints.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Experiment:
     train: Callable = dpo.train
     pairs: Callable | None = None
     starts: Callable = dpo.round_starts
+    report: Callable = dpo.Report
 
     @property
     def title(self):
@@ -54,10 +60,18 @@ class Experiment:
         return f"{flags}, {self.change}" if self.change else flags
 
 
+def rounds_of_one_size(rounds, prompts):
+    """As dpo.round_starts, but every round has `prompts` targets."""
+    return prompts * np.arange(rounds + 1)
+
+
 # The runs that several programs show.
 ONLINE = Experiment("online")
 ONCE = Experiment("once", "--pairs once")
 RULE = Experiment("rule", "--pairs rule")
+SHORT_ONLINE = Experiment("online-300", "--rounds 300")
+SHORT_ONCE = Experiment("once-300", "--pairs once --rounds 300")
+SHORT_RULE = Experiment("rule-300", "--pairs rule --rounds 300")
 
 
 # Flags.
@@ -82,6 +96,12 @@ def parser(description, seeds):
     add("--prompts", type=cli.whole(1), help="at most so many in a round, to try a program")
     add("--sft-steps", type=cli.whole(1), default=steps, help=f"of SFT (default: {steps})")
     return parser
+
+
+def add_pictures(parser, name):
+    """The flag of a program that draws."""
+    parser.add_argument("--pictures", type=Path, default=Path("assets"), metavar="FOLDER",
+                        help=f"where to draw {name} (default: assets)")  # fmt: skip
 
 
 def dpo_arguments(options, experiment, seed):
@@ -111,20 +131,38 @@ def dpo_checkpoint(options, experiment, seed):
 def sft_facts(options, seed):
     """The facts of an SFT model, a dict: the log that sft.py writes, and `measure` of the model.
 
-    If there is no model of this seed, sft.py's own main trains it.
+    If there is no model of this seed, it is the one that sft.py has written, if that has the same
+    settings. Otherwise sft.py's own main trains it.
     """
     checkpoint = sft_checkpoint(options, seed)
     if not is_complete(checkpoint):
-        print(f"SFT, seed {seed}", flush=True)
         flags = ["--seed", seed, "--steps", options.sft_steps, "--processes", options.processes]
-        sft.main([*map(str, flags), "--out", str(checkpoint)])
+        flags = [*map(str, flags), "--out", str(checkpoint)]
+        if is_run_of_sft_py(vars(sft.parse_arguments(flags))):
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(SFT_PY, checkpoint)
+            cli.write_json(checkpoint.with_suffix(".json"), read_facts(SFT_PY))
+        else:
+            print(f"SFT, seed {seed}", flush=True)
+            sft.main(flags)
     facts = read_facts(checkpoint)
     if facts["settings"]["steps"] != options.sft_steps:
         raise made_otherwise(checkpoint, ["--sft-steps"])
     if "sampled" not in facts:  # sft.py measures with fewer answers
-        facts |= measure(evaluation.load(checkpoint))
+        model = evaluation.load(checkpoint)
+        facts |= measure(model) | {"distinct": distinct(model)}
         cli.write_json(checkpoint.with_suffix(".json"), facts)
     return facts
+
+
+def is_run_of_sft_py(settings):
+    """Whether SFT_PY was trained with these settings, wherever it was written to and by however
+    many processes."""
+    if not is_complete(SFT_PY):
+        return False
+    written = read_facts(SFT_PY)["settings"]
+    names = [name for name in settings if name not in ("out", "processes")]
+    return all(written.get(name) == settings[name] for name in names)
 
 
 def run(options, experiment, seed):
@@ -132,7 +170,7 @@ def run(options, experiment, seed):
 
     settings: all that decides what the run does;
     seconds: of training; history: the rows of the training loop;
-    sampled, greedy: see `measure`; divergence: see `divergence`.
+    sampled, greedy: see `measure`; divergence, distinct: see the functions of these names.
 
     Raises UserError if a run of this name and seed is there, but with other settings.
     """
@@ -152,7 +190,8 @@ def run(options, experiment, seed):
     policy, history, seconds = train(options, experiment, arguments)
     sft_model = evaluation.load(sft_checkpoint(options, seed))
     facts = {"settings": settings, "seconds": seconds} | measure(policy, arguments.prefer)
-    facts |= {"divergence": divergence(policy, sft_model), "history": history}
+    facts |= {"divergence": divergence(policy, sft_model)}
+    facts |= {"distinct": distinct(policy, arguments.prefer), "history": history}
     policy.save(checkpoint)
     cli.write_json(checkpoint.with_suffix(".json"), facts)
     return facts
@@ -165,7 +204,7 @@ def train(options, experiment, arguments):
     pairs = experiment.pairs or functools.partial(dpo.pairs_maker, arguments.pairs)
     starts = experiment.starts(arguments.rounds, arguments.prompts)
     make_pairs = pairs(starts, arguments.answers, arguments.prefer)
-    report = dpo.Report(reference, arguments.rounds, arguments.beta, arguments.prefer)
+    report = experiment.report(reference, arguments.rounds, arguments.beta, arguments.prefer)
     settings = (arguments.rounds, arguments.beta, arguments.lr, arguments.seed)
     started = time.perf_counter()
     history = launch(
@@ -182,6 +221,7 @@ def settings_of(options, experiment, arguments):
         del settings[name]
     settings["train"] = described(experiment.train)
     settings["starts"] = described(experiment.starts)
+    settings["report"] = described(experiment.report)
     if experiment.pairs is not None:
         settings["pairs"] = described(experiment.pairs)
     return settings
@@ -199,6 +239,21 @@ def described(value):
     if isinstance(value, dict):
         return {name: described(part) for name, part in value.items()}
     return value
+
+
+def kept(options, name, settings, make):
+    """A dict of facts that `make` returns, for work that leaves no checkpoint: read if a file of
+    this name is there, else made and written."""
+    path = options.folder / f"{name}.json"
+    if path.exists():
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["settings"] != settings:
+            names = [name for name in settings if facts["settings"].get(name) != settings[name]]
+            raise made_otherwise(path, names)
+        return facts
+    facts = {"settings": settings} | make()
+    cli.write_json(path, facts)
+    return facts
 
 
 def is_complete(checkpoint):
@@ -226,22 +281,102 @@ def measure(model, prefer=3):
     rng = data.random_stream(0, "answers")
     sampled = evaluation.sample(model, np.repeat(data.HELD_OUT, SAMPLES), 1.0, rng)
     greedy = evaluation.sample(model, data.TARGETS, 0.0, rng)
+    endless = np.mean([line[-1] != data.END for line in sampled])  # they fill data.MAX_LEN
     return {
-        "sampled": evaluation.metrics(sampled, prefer),
+        "sampled": evaluation.metrics(sampled, prefer) | {"endless": float(endless)},
         "greedy": evaluation.metrics(greedy, prefer),
     }
 
 
 def divergence(policy, reference, samples=50):
-    """KL(policy || reference) in nats an answer: the mean of log(policy / reference) over the
-    policy's answers to held-out targets."""
+    """KL(policy || reference) in nats an answer, from `samples` answers to each held-out target."""
     rng = data.random_stream(0, "answers")
     lines = evaluation.sample(policy, np.repeat(data.HELD_OUT, samples), 1.0, rng)
+    return divergence_of(lines, policy, reference)
+
+
+def divergence_of(lines, policy, reference):
+    """The mean of log(policy / reference) over answers of the policy, which estimates
+    KL(policy || reference)."""
     ids = data.pad(lines)
     with no_grad():
         logps = sft.completion_logps(policy, ids).numpy()
         reference_logps = sft.completion_logps(reference, ids).numpy()
     return float((logps - reference_logps).mean())
+
+
+def distinct(policy, prefer=3, n_accepted=150):
+    """How many different ones are among a policy's first 150 accepted answers to a target.
+
+    The mean over the ten largest held-out targets; of 1,200 answers to each. Targets with fewer
+    accepted answers are left out; None if all are.
+    """
+    numbers = []
+    for target in LARGE:
+        rng = data.random_stream(0, "answers")
+        lines = evaluation.sample(policy, [target] * 1200, 1.0, rng)
+        accepted = [tuple(line) for line in lines if data.is_accepted(line, prefer)]
+        if len(accepted) >= n_accepted:
+            numbers.append(len(set(accepted[:n_accepted])))
+    return float(np.mean(numbers)) if numbers else None
+
+
+def accepted_probability(model, target):
+    """The probability that a model's answer to a target is accepted (right, three terms), exactly:
+    the sum over all such answers."""
+    with no_grad():
+        logps = sft.completion_logps(model, data.pad(right_sums(target, [3]))).numpy()
+    return float(np.exp(logps.astype(np.float64)).sum())
+
+
+def floor(reference, share):
+    """The least divergence, in nats, of a policy that gives this share of accepted answers.
+
+    Of all policies with P(accepted) = a, the one with the smallest KL(policy || reference) scales
+    the reference's accepted answers by a / P_ref(accepted), and all others by what is left. Its
+    divergence is that of two coins, a log(a / P_ref) + (1 - a) log((1 - a) / (1 - P_ref)); for
+    a = 1 it is -log P_ref. Mean over held-out targets.
+    """
+    nats = []
+    for target in data.HELD_OUT:
+        p_ref = accepted_probability(reference, target)
+        divergence = 0.0
+        for a, p in ((share, p_ref), (1 - share, 1 - p_ref)):
+            divergence += a * np.log(a / p) if a > 0 else 0.0
+        nats.append(divergence)
+    return float(np.mean(nats))
+
+
+def right_sums(target, counts=data.COUNTS, total=None):
+    """All sums of the given numbers of terms, as lines of ids: right, or with another total."""
+    total = target if total is None else total
+    lines = []
+    for count in counts:
+        for cuts in itertools.combinations(range(1, total), count - 1):
+            terms = np.diff([0, *cuts, total])
+            lines.append(data.encode(f"{target}={'+'.join(map(str, terms))}") + [data.END])
+    return lines
+
+
+class Report:
+    """What dpo.Report does for pairs, for any run: it measures a policy's answers to held-out
+    targets, and its divergence, `times` times on the way, and prints the loss."""
+
+    def __init__(self, reference, rounds, beta, prefer, times=40):
+        self.reference, self.rounds, self.prefer, self.times = reference, rounds, prefer, times
+        self.progress = cli.Progress("round", rounds)
+
+    def __call__(self, row, policy, pairs):
+        number = row["round"]
+        if number == 0 or cli.is_due(number, self.rounds, self.times):
+            rng = data.random_stream(0, "answers")
+            lines = evaluation.sample(policy, data.HELD_OUT * 20, 1.0, rng)
+            metrics = evaluation.metrics(lines, self.prefer)
+            row |= {name: metrics[name] for name in ("shares", "answers")}
+            row["divergence"] = divergence_of(lines, policy, self.reference)
+        if number > 0:
+            text = f"loss {row['loss']:.3f}" if "loss" in row else "no pairs"
+            self.progress.show(number, number / self.rounds, text)
 
 
 def logged(facts, name):
@@ -275,3 +410,9 @@ def spread(values, digits=3):
     """Mean, lowest and highest as text."""
     mean = sum(values) / len(values)
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def whole_spread(values):
+    """Mean, lowest and highest in whole numbers as text; once, if all are the same."""
+    low, mean, high = (f"{value:.0f}" for value in (min(values), np.mean(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"

@@ -11,30 +11,88 @@ import math
 from typing import Callable
 
 import lab  # noqa: F401  first: it makes the core importable
-from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, no_grad
+from tinygrad_lite import Adam, clip_grad_norm, cosine_schedule, functional as F, no_grad
 import numpy as np
 
 import cli
 import data
 import dpo
+import eval as evaluation
 
 # Where pairs come from: functions of (starts, answers, prefer) that return the make_pairs of a
 # training loop. dpo.pairs_maker has three more.
 
 
-def own(starts, answers, prefer):
-    """Pairs of the policy's fresh answers alone: dpo.online_pairs without any sums made by rule.
+def fresh(pairing, starts, answers, prefer):
+    """Pairs of the policy's fresh answers, made by a pairing (below), and none by rule."""
+    return functools.partial(
+        fresh_pairs, pairing=pairing, starts=starts, answers=answers, prefer=prefer
+    )
 
-    A policy that has stopped writing an answer is never rewarded for it again.
-    """
-    return functools.partial(own_pairs, starts=starts, answers=answers, prefer=prefer)
 
-
-def own_pairs(policy, step, world, rng, starts, answers, prefer):
+def fresh_pairs(policy, step, world, rng, pairing, starts, answers, prefer):
     numbers = range(starts[step] + world.rank, starts[step + 1], world.world_size)
-    n_targets = len(numbers)  # of this process
-    targets = rng.choice(data.TRAINING, n_targets)
-    return dpo.pair_up(dpo.sample_and_judge(policy, targets, answers, prefer, rng))
+    targets = rng.choice(data.TRAINING, len(numbers))
+    return sample_pairs(policy, targets, pairing, answers, prefer, rng)
+
+
+def sample_pairs(policy, targets, pairing, n_answers, prefer, rng):
+    """The policy answers each target n_answers times, and a pairing makes pairs: ids (P, 2, T)."""
+    answers = evaluation.sample(policy, np.repeat(targets, n_answers), 1.0, rng)
+    lines = []
+    for start in range(0, len(answers), n_answers):
+        for chosen, rejected in pairing(answers[start : start + n_answers], prefer, rng):
+            lines += [chosen, rejected]
+    return data.pad(lines, data.MAX_LEN).reshape(-1, 2, data.MAX_LEN)
+
+
+# Pairings: functions of (answers to one target, prefer, rng) that return [(chosen, rejected), ...].
+
+
+def accepted_over_rejected(answers, prefer, rng):
+    """Each accepted answer with a rejected one, as dpo.py pairs them."""
+    accepted = [line for line in answers if data.is_accepted(line, prefer)]
+    rejected = [line for line in answers if not data.is_accepted(line, prefer)]
+    return list(zip(accepted, rejected))
+
+
+def level(line, prefer):
+    """A grade: one point for a right sum, one for the preferred number of terms."""
+    judgement = data.judge(line, prefer)
+    return int(judgement.exact) + int(judgement.preferred)
+
+
+def graded(answers, prefer, rng):
+    """Any two whose levels differ, the higher one chosen. So a right sum that is not preferred is
+    also compared with wrong ones. Neighbours are paired, so no answer is in two pairs."""
+    pairs = []
+    for first, second in zip(answers[::2], answers[1::2]):
+        difference = level(first, prefer) - level(second, prefer)
+        if difference != 0:
+            pairs.append((first, second) if difference > 0 else (second, first))
+    return pairs
+
+
+def graded_with_noise(answers, prefer, rng):
+    """The same with labels by chance, as Bradley-Terry has them for a reward of 2 a level."""
+    pairs = []
+    for chosen, rejected in graded(answers, prefer, rng):
+        difference = 2 * (level(chosen, prefer) - level(rejected, prefer))
+        is_kept = rng.random() < 1 / (1 + np.exp(-difference))
+        pairs.append((chosen, rejected) if is_kept else (rejected, chosen))
+    return pairs
+
+
+def best_over_worst(answers, prefer, rng):
+    """One pair a target: an answer of the highest level over one of the lowest."""
+    by_level = sorted(answers, key=lambda line: level(line, prefer))
+    worst, best = by_level[0], by_level[-1]
+    return [(best, worst)] if level(best, prefer) > level(worst, prefer) else []
+
+
+# A policy that has stopped writing an answer is never rewarded for it again: dpo.online_pairs
+# without any sums made by rule.
+own = functools.partial(fresh, accepted_over_rejected)
 
 
 class FreshEvery:
@@ -58,6 +116,32 @@ class FreshEvery:
         if since_draw % self.n_rounds == 0:
             self.rounds = np.array_split(rng.permutation(self.pairs), self.n_rounds)
         return self.rounds[since_draw % self.n_rounds]
+
+
+class FixedPairs:
+    """Pairs of answers that the SFT model gives once, before the first step. When all have been
+    used, they come again in another order.
+
+    n_targets: how many targets are answered in all. A round has as many pairs as `starts` says.
+    """
+
+    def __init__(self, pairing, starts, answers, prefer, n_targets=9600):
+        self.pairing, self.n_targets = pairing, n_targets
+        self.starts, self.answers, self.prefer = starts, answers, prefer
+
+    def __call__(self, policy, step, world, rng):
+        if step == 0:  # the policy is still the SFT model
+            n_targets = len(range(world.rank, self.n_targets, world.world_size))
+            targets = rng.choice(data.TRAINING, n_targets)
+            self.pairs = sample_pairs(policy, targets, self.pairing, self.answers, self.prefer, rng)
+            self.unused = rng.permutation(self.pairs)
+        n_pairs = len(
+            range(self.starts[step] + world.rank, self.starts[step + 1], world.world_size)
+        )
+        while 0 < len(self.pairs) and len(self.unused) < n_pairs:
+            self.unused = np.concatenate([self.unused, rng.permutation(self.pairs)])
+        pairs, self.unused = np.split(self.unused, [n_pairs])
+        return pairs
 
 
 # The loss.
@@ -117,12 +201,39 @@ class PairObjective:
         return loss, log
 
 
+def smoothed_loss(chosen, rejected, reference_chosen, reference_rejected, beta, smoothing):
+    """Conservative DPO: the label of a pair is right with probability 1 - smoothing only.
+
+    -mean((1 - smoothing) log sigmoid(beta h) + smoothing log sigmoid(-beta h)), with the arguments
+    of dpo.dpo_loss (Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO").
+    It is least at a finite margin, beta h = log((1 - smoothing) / smoothing).
+    """
+    h = (chosen - rejected) - (reference_chosen - reference_rejected)
+    kept, flipped = F.log_sigmoid(beta * h), F.log_sigmoid(-beta * h)
+    return -((1 - smoothing) * kept + smoothing * flipped).mean()
+
+
+def ipo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """IPO: the mean of (h - 1 / (2 beta))^2, with the arguments of dpo.dpo_loss (Azar et al. 2023,
+    Eq. 17, whose tau is beta). It is least at a finite h."""
+    h = (chosen - rejected) - (reference_chosen - reference_rejected)
+    return ((h - 1 / (2 * beta)) ** 2).mean()
+
+
 # The loop.
 
 
 def adam(parameters, lr):
     """The optimizer of dpo.train."""
     return Adam(parameters, lr, betas=(0.9, 0.99))
+
+
+def refresh_reference(policy, reference, step, every):
+    """For `update_reference`: every so many rounds, the reference becomes the policy as it is."""
+    if step > 0 and step % every == 0:
+        parameters = policy.named_parameters()
+        for name, parameter in reference.named_parameters().items():
+            parameter.data = parameters[name].data.copy()
 
 
 def reached(row, share):

@@ -13,15 +13,10 @@ import cli
 import data
 
 
-def rounds_of_one_size(rounds, prompts):
-    """As dpo.round_starts, but every round has `prompts` targets."""
-    return prompts * np.arange(rounds + 1)
-
-
 # The recipe of the demo this project began with. All of it is written out, because dpo.py's
 # defaults may change, and this must not.
 DEMO_FLAGS = "--pairs rule --rounds 200 --lr 1e-4 --prompts 192"
-DEMO = lab.Experiment("demo", DEMO_FLAGS, starts=rounds_of_one_size)
+DEMO = lab.Experiment("demo", DEMO_FLAGS, starts=lab.rounds_of_one_size)
 
 COLUMNS = {"both": 3, "exact": 3, "preferred": 3, "mean_abs_error": 2}  # with their digits
 

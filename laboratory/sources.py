@@ -6,8 +6,6 @@ at the end and what the policy then answers to held-out targets. Six runs and tw
 about 15 minutes on two cores. Stopped and started again, it resumes where it left off.
 """
 
-from pathlib import Path
-
 import lab  # first: it makes the core importable
 import cli
 import plots
@@ -50,8 +48,7 @@ def draw(histories, path):
 
 def main(argv=None):
     parser = lab.parser(__doc__, seeds=2)
-    parser.add_argument("--pictures", type=Path, default=Path("assets"), metavar="FOLDER",
-                        help="where to draw lesson.png (default: assets)")  # fmt: skip
+    lab.add_pictures(parser, "lesson.png")
     options = parser.parse_args(argv)
     runs = {}
     for seed in range(options.seeds):

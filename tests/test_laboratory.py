@@ -12,16 +12,20 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "laboratory"))
 import beta
+import credit
 import lab
 import loop
+import pairs
+import rivals
 import seeds
 import sources
 import symptoms
+import theorem
 import cli
 import data
 import dpo
 import sft
-from seeds import rounds_of_one_size
+from lab import rounds_of_one_size
 from tinygrad_lite import AdEMAMix, Tensor, World, launch
 from transformer import Config, Transformer
 
@@ -247,19 +251,219 @@ def test_pairs_are_drawn_every_so_often_and_all_used_in_between(monkeypatch):
     assert draws == [[start, end] for start, end in zip(starts, starts[1:])]
 
 
-def test_own_pairs_hold_no_answer_made_by_rule(monkeypatch):
+ANSWERS = {  # level: answers to 9
+    2: "9=4+4+1",
+    1: "9=4+5",
+    0: "9=4+4",
+}
+
+
+def paired(pairing, levels):
+    """[(chosen level, rejected level), ...] of answers with these levels."""
+    answers = [line(ANSWERS[one]) for one in levels]
+    rng = np.random.default_rng(0)
+    level_of = {text: one for one, text in ANSWERS.items()}
+    return [
+        (level_of[data.decode(chosen)], level_of[data.decode(rejected)])
+        for chosen, rejected in pairing(answers, 3, rng)
+    ]
+
+
+def test_how_answers_to_one_target_are_paired():
+    assert [loop.level(line(text), 3) for text in ANSWERS.values()] == [2, 1, 0]
+    assert loop.level(line("9=4+4+2"), 3) == 1  # wrong, with three terms
+    for pairing, expected in (
+        (loop.accepted_over_rejected, [(2, 0), (2, 1), (2, 1)]),
+        (loop.graded, [(1, 0), (2, 1)]),
+        (loop.best_over_worst, [(2, 0)]),
+    ):
+        assert paired(pairing, [0, 1, 2, 2, 2, 1]) == expected
+        assert paired(pairing, [2, 2, 2, 2]) == []
+
+
+def test_noisy_labels_are_those_of_bradley_terry():
+    """Two levels of 2 each apart: sigmoid(2) one level apart, sigmoid(4) two."""
+    for levels, difference in ([1, 0], 2), ([0, 2], 4):
+        pairs = paired(loop.graded_with_noise, levels * 4000)
+        higher = (max(levels), min(levels))
+        assert set(pairs) == {higher, higher[::-1]}
+        share = pairs.count(higher) / len(pairs)
+        assert abs(share - 1 / (1 + math.exp(-difference))) < 0.025  # five standard errors or more
+
+
+def test_fresh_pairs_are_all_of_the_policys_own_answers(monkeypatch):
     asked = []
 
-    def sample_and_judge(policy, targets, n_answers, prefer, rng):
+    def sample(policy, targets, temperature, rng):
         asked.append(len(targets))
-        return [([line("9=4+4+1")], [line("9=4+5")]) for _ in targets]
+        return [line("9=4+4+1" if i % 2 else "9=4+5") for i in range(len(targets))]
 
-    monkeypatch.setattr(dpo, "sample_and_judge", sample_and_judge)
+    monkeypatch.setattr(loop.evaluation, "sample", sample)
     make_pairs = loop.own(starts=[0, 7, 40], answers=8, prefer=3)
     for rank in range(2):
         pairs = make_pairs(None, 1, World(rank, 2), np.random.default_rng(0))
+        assert pairs.shape == (4 * asked[-1] / 8, 2, data.MAX_LEN)
         assert {data.decode(chosen) for chosen, _ in pairs} == {"9=4+4+1"}
-    assert asked == [17, 16]
+    assert asked == [17 * 8, 16 * 8]
+
+
+def test_fixed_pairs_are_sampled_once_and_come_again_when_all_are_used(monkeypatch):
+    draws = []
+
+    def sample_pairs(policy, targets, pairing, n_answers, prefer, rng):
+        draws.append(len(targets))
+        return np.arange(10)  # a number stands for a pair
+
+    monkeypatch.setattr(loop, "sample_pairs", sample_pairs)
+    starts = [0, 8, 16, 24]
+    for rank in range(2):
+        make_pairs = loop.FixedPairs(None, starts, answers=8, prefer=3, n_targets=31)
+        rng = np.random.default_rng(rank)
+        rounds = [make_pairs(None, step, World(rank, 2), rng) for step in range(3)]
+        used = np.concatenate(rounds)
+        assert len(used) == 12 and set(used) == set(range(10))
+        assert sorted(used[:10]) == list(range(10)) != list(used[:10])
+    assert draws == [16, 15]
+
+
+# Losses that are least at a finite margin.
+
+
+@pytest.mark.parametrize(
+    "loss, at",
+    [
+        (functools.partial(loop.smoothed_loss, smoothing=0.2), math.log(0.8 / 0.2) / 0.5),
+        (loop.ipo_loss, 1 / (2 * 0.5)),
+    ],
+)
+def test_a_loss_that_is_least_at_a_finite_margin(loss, at):
+    def slope(h):
+        chosen = Tensor(np.array([h]), requires_grad=True)
+        loss(chosen, *np.zeros((3, 1)), beta=0.5).backward()
+        return chosen.grad[0]
+
+    assert slope(at - 0.1) < -1e-3 and slope(at + 0.1) > 1e-3
+    assert slope(at) == pytest.approx(0, abs=1e-9)
+
+
+def test_without_smoothing_the_loss_is_that_of_dpo():
+    arguments = np.random.default_rng(0).normal(size=(4, 5))
+    loss = loop.smoothed_loss(*map(Tensor, arguments), beta=0.8, smoothing=0.0)
+    assert loss.item() == pytest.approx(dpo.dpo_loss(*map(Tensor, arguments), beta=0.8).item())
+
+
+def test_a_refreshed_reference_is_the_policy_of_that_round():
+    policy, reference = tiny_model(1), tiny_model(0)
+    for step in 0, 1, 2:
+        loop.refresh_reference(policy, reference, step, every=3)
+        assert not np.array_equal(weights(reference), weights(policy))
+    loop.refresh_reference(policy, reference, 3, every=3)
+    np.testing.assert_array_equal(weights(reference), weights(policy))
+    policy.parameters()[0].data += 1  # which must not move the reference
+    assert not np.array_equal(weights(reference), weights(policy))
+
+
+# The theorem, the credit, the floor, the rivals.
+
+
+def test_the_list_holds_all_right_sums_and_their_rewards():
+    listed = theorem.list_answers(10, reward=2.0)
+    texts = [data.decode(ids) for ids in listed.ids]
+    assert len(set(texts)) == 255
+    for text, reward in zip(texts, listed.rewards):
+        target, terms = data.parse(text)
+        assert target == sum(terms) == 10 and 2 <= len(terms) <= 5
+        assert reward == (2.0 if len(terms) == 3 else 0.0)
+    more = theorem.list_answers(10, reward=2.0, with_wrong_sums=True)
+    judged = [data.judge([*data.encode(data.decode(ids)), data.END]) for ids in more.ids]
+    assert {one.total for one in judged} == {9, 10, 11}
+    for one, reward in zip(judged, more.rewards):
+        assert reward == 2.0 * (len(one.terms) == 3) - 2.0 * (one.total != 10)
+
+
+def test_labels_are_those_of_bradley_terry_or_sure():
+    listed = theorem.list_answers(5, reward=2.0)
+    preferred = listed.preferred()
+    np.testing.assert_allclose(preferred + preferred.T, 1)
+    a, b = listed.has_three_terms.argmax(), (~listed.has_three_terms).argmax()
+    assert preferred[a, b] == pytest.approx(1 / (1 + math.exp(-2)))
+    sure = theorem.list_answers(5, reward=2.0, sure=True).preferred()
+    assert sure[a, b] == 1 and sure[b, a] == sure[a, a] == 0
+
+
+def test_the_expected_loss_is_the_mean_of_many_drawn_pairs():
+    listed = theorem.list_answers(6, reward=2.0)
+    policy, reference = tiny_model(1), tiny_model(0)
+    objective = theorem.ExpectedLoss(listed.preferred(), listed.has_three_terms)
+    loss, log = objective(policy, reference, listed.ids, beta=0.8)
+
+    rng = np.random.default_rng(0)
+    logps = sft.completion_logps(policy, listed.ids).numpy()
+    reference_logps = sft.completion_logps(reference, listed.ids).numpy()
+    p_ref = np.exp(reference_logps.astype(np.float64))
+    first, second = rng.choice(len(p_ref), size=(2, 200_000), p=p_ref / p_ref.sum())
+    wins = rng.random(200_000) < listed.preferred()[first, second]
+    chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
+    drawn = dpo.dpo_loss(
+        *(Tensor(logps[one]) for one in (chosen, rejected)),
+        *(Tensor(reference_logps[one]) for one in (chosen, rejected)),
+        beta=0.8,
+    )
+    assert loss.item() == pytest.approx(drawn.item(), abs=0.01)
+    assert log["listed"] == pytest.approx(np.exp(logps.astype(np.float64)).sum())
+
+
+def test_slope_and_correlation_are_weighted():
+    x, y = np.array([0.0, 0.0, 2.0]), np.array([1.0, 1.0, 7.0])
+    assert theorem.line_through(x, y, np.array([1.0, 2.0, 5.0])) == pytest.approx((3.0, 1.0))
+    # A point without weight does not count.
+    outlier = theorem.line_through(np.append(x, 9.0), np.append(y, -9.0), np.array([1, 2, 5, 0]))
+    assert outlier == pytest.approx((3.0, 1.0))
+
+
+def test_credit_is_split_at_the_last_number():
+    tokens = list(zip([*"18+29+41", "<end>"], [1.0, 2, 4, 8, 16, 32, 64, 128, 256]))
+    np.testing.assert_array_equal(credit.in_three_parts(tokens), [63, 192, 256])
+
+
+def test_lines_for_the_credit_are_as_far_off_as_they_should_be():
+    for _, n_terms, too_high in credit.KINDS:
+        judged = [data.judge(line) for line in credit.lines_of(n_terms, too_high)]
+        assert {len(one.terms) for one in judged} == {n_terms}
+        assert {one.total - one.target for one in judged} == set(too_high)
+        assert {one.target for one in judged} <= set(data.HELD_OUT)
+
+
+def test_the_floor_is_the_least_divergence(monkeypatch):
+    monkeypatch.setattr(lab, "accepted_probability", lambda reference, target: 0.25)
+    assert lab.floor(None, share=1.0) == pytest.approx(math.log(4))
+    assert lab.floor(None, share=0.25) == pytest.approx(0)
+    expected = 0.9 * math.log(0.9 / 0.25) + 0.1 * math.log(0.1 / 0.75)
+    assert lab.floor(None, share=0.9) == pytest.approx(expected)
+
+
+def test_advantages_of_a_group_sum_to_zero(monkeypatch):
+    answers = ["9=4+4+1", "9=4+5", "9=4+5", "9=4+5"]
+    groups = [[line(text) for text in answers], [line("9=4+5")] * 4]
+
+    def sample(policy, targets, temperature, rng):
+        return sum(groups, [])
+
+    monkeypatch.setattr(rivals.evaluation, "sample", sample)
+    arguments = (None, 0, World(), np.random.default_rng(0))
+    settings = {"starts": [0, 2], "answers": 4, "prefer": 3}
+    accepted = rivals.accepted_answers(*arguments, **settings)
+    assert [(data.decode(ids), weight) for ids, weight in accepted] == [("9=4+4+1", 1.0)]
+    for divide_by_std, first in (False, 0.75), (True, 0.75 / math.sqrt(3 / 16)):
+        weighted = rivals.with_advantages(*arguments, divide_by_std=divide_by_std, **settings)
+        assert len(weighted) == 4  # the group of equal rewards is left out
+        assert [weight for _, weight in weighted] == pytest.approx([first, *[-first / 3] * 3], 1e-4)
+
+
+def test_the_objective_of_rivals_is_the_weighted_mean():
+    weighted = [(line("9=4+5"), 1.0), (line("9=9"), -0.5)]
+    loss, log = rivals.WeightedAnswers()(UNIFORM, UNIFORM, weighted, beta=0.8)
+    assert loss.item() == pytest.approx((4 - 0.5 * 2) / 2 * math.log(14)) == log["loss"]
 
 
 # Runs that are kept, and the page.
@@ -347,24 +551,47 @@ def test_settings_tell_apart_what_a_run_changes():
 
 
 def tables(monkeypatch):
-    """[(columns, experiments), ...] of all symptoms."""
-    found = []
-    monkeypatch.setattr(symptoms, "print_table", lambda options, *table: found.append(table))
-    for symptom in symptoms.SYMPTOMS.values():
-        symptom(None)
-    return found
+    """[(columns, titles), ...] of all symptoms, and all their experiments."""
+    found, experiments = [], []
+
+    def record(options, experiment, columns):
+        experiments.append(experiment)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(symptoms, "of_seeds", record)
+        patch.setattr(symptoms, "print_rows", lambda *table: found.append(table))
+        for symptom in symptoms.SYMPTOMS.values():
+            symptom(options_for("nowhere"))
+    return [(columns, list(rows)) for columns, rows in found], experiments
 
 
-def test_the_page_shows_the_tables_that_symptoms_prints(monkeypatch):
-    found = tables(monkeypatch)
-    assert len(found) == 7
-    for columns, experiments in found:
+def label(title):
+    """How symptoms.print_rows calls a row."""
+    flags, _, change = title.partition(", ")
+    code = flags if flags == "(defaults)" else f"`{flags}`"
+    return f"{code}, {change}" if change else code
+
+
+def test_the_page_shows_the_tables_that_the_programs_print(monkeypatch):
+    found, experiments = tables(monkeypatch)
+    assert len(found) == len(symptoms.SYMPTOMS) == 12
+    for columns, titles in found:
         assert f"| dpo.py | {' | '.join(columns)} |" in PAGE
-        for experiment in experiments:
-            assert f"| `{experiment.title}` |" in PAGE, experiment.title
+        for title in titles:
+            assert f"\n| {label(title)} |" in PAGE, title
     # A name stands for one experiment, and so does a title.
-    experiments = [experiment for _, experiments in found for experiment in experiments]
     assert len({one.name for one in experiments}) == len({one.title for one in experiments})
+
+    for experiment in pairs.EXPERIMENTS:
+        assert f"\n| {experiment.change} |" in PAGE
+    for title in rivals.METHODS:
+        assert f"\n| {title} (rate " in PAGE and f"\n| {title} | 0." in PAGE
+    for beta_value in beta.BETAS:
+        assert f"\n| {beta_value:g} |" in PAGE
+    for name in credit.RUNS.values():
+        for title, _, _ in credit.KINDS:
+            assert f"\n| {name} | {title} |" in PAGE
 
 
 def test_a_symptom_that_is_not_there_is_one_line():
@@ -401,14 +628,47 @@ def test_seeds_runs(folder, capsys):
 @pytest.mark.slow
 def test_symptoms_runs(folder, capsys, monkeypatch):
     out = run(symptoms, folder, capsys, "--processes", "1")
-    rows = [row for row in out.splitlines() if row.startswith("| `")]
-    assert len(rows) == sum(len(experiments) for _, experiments in tables(monkeypatch))
+    rows = [row for row in out.splitlines() if row.startswith(("| `", "| (defaults)"))]
+    assert len(rows) == sum(len(titles) for _, titles in tables(monkeypatch)[0])
     assert len({row.count("|") for row in rows}) > 1 and "nan" not in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program, picture", [(beta, "beta.png"), (sources, "lesson.png")])
+def test_pairs_runs(folder, capsys):
+    out = run(pairs, folder, capsys, "--processes", "1")
+    assert out.count("\n| ") == 2 + len(pairs.EXPERIMENTS) and "nan" not in out
+
+
+@pytest.mark.slow
+def test_the_theorem_holds_and_its_numbers_are_those_of_the_contract(folder, capsys):
+    """On a model that is trained briefly, for a target with few sums."""
+    lab.sft_facts(options_for(folder, "--sft-steps", "1500"), seed=0)
+    flags = ["--sft", str(folder / "sft-seed0.npz"), "--target", "6", "--beta", "1"]
+    capsys.readouterr()
+    theorem.main([*flags, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == list(theorem.NUMBERS)
+    assert abs(result["slope"] - 1) < 0.05 and result["correlation"] > 0.98
+    assert abs(result["share"] - result["predicted"]) < 0.02
+
+    theorem.main([*flags, "--pictures", str(folder)])
+    assert "total probability of the listed" in capsys.readouterr().out
+    assert (folder / "theorem.png").stat().st_size > 10_000
+    out = run(theorem, folder, capsys, "--variants", "--target", "5", "--steps", "3")
+    assert out.count("\n| ") == 12 and "nan" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program, picture",
+    [
+        (beta, "beta.png"),
+        (credit, "credit.png"),
+        (rivals, "rivals.png"),
+        (sources, "lesson.png"),
+    ],
+)
 def test_programs_with_a_picture_run(program, picture, folder, capsys):
     flags = ["--processes", "1", "--pictures", str(folder)]
     out = run(program, folder, capsys, *flags)
-    assert "both 0." in out and (folder / picture).stat().st_size > 10_000
+    assert "0." in out and (folder / picture).stat().st_size > 10_000

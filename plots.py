@@ -7,7 +7,10 @@ import os
 # that one is not installed. Pictures go to files here, which needs none.
 backend = os.environ.pop("MPLBACKEND", None)
 import matplotlib.style  # noqa: E402
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
@@ -18,8 +21,9 @@ if backend is not None:
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+LARGE = {"font.size": 13, "axes.titlesize": 15}  # so that pictures can be read at half size
 # Under the axes, a legend cannot hide data.
-BELOW = dict(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+BELOW = dict(frameon=False, fontsize=12, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 REWARDS = {"rewards/chosen": (GREEN, "chosen, "), "rewards/rejected": (RED, "rejected, ")}
 
 
@@ -29,7 +33,7 @@ def picture(path, rows, columns, size, **options):
 
     Under Matplotlib's own settings, whatever the user's are: a picture looks the same for everyone.
     """
-    with matplotlib.style.context("default"):
+    with matplotlib.style.context(["default", LARGE]):
         figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
         grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
         for ax in grid:
@@ -63,10 +67,9 @@ def distribution(rows, path):
 
 def curves(ax, history, names, **labels):
     """A log's numbers over its rounds, {name: (colour, label)}: means of 25 over pale raw values,
-    dashed for the held-out pairs. The first accuracy is left out: all rewards are still 0."""
-    first = 1 if "rewards/accuracies" in names else 0
-    trained = [row for row in history if row["pairs"]][first:]
-    held_out = [row for row in history if "eval_loss" in row][first:]
+    dashed for the held-out pairs."""
+    trained = [row for row in history if row["pairs"]]
+    held_out = [row for row in history if "eval_loss" in row]
     for name, (colour, label) in names.items():
         x, y = [row["round"] for row in trained], [row[name] for row in trained]
         means = [np.mean(y[max(0, i - 12) : i + 13]) for i in range(len(y))]
@@ -98,48 +101,77 @@ def stacked_outcomes(ax, history, title="what the policy answers to held-out tar
 
 
 def dpo_training(history, path):
-    """A DPO run: loss, accuracy, margin, rewards, outcomes of answers and number of pairs."""
-    with picture(path, 2, 3, size=(14, 8.4)) as (loss, accuracy, margin, rewards, outcomes, pairs):
+    """A DPO run in the order of looking: answers, pairs of a round, loss and rewards of pairs."""
+    with picture(path, 2, 2, size=(12, 9.4)) as (answers, pairs, loss, rewards):
+        stacked_outcomes(answers, history, "1. what the policy answers")
+        numbers = [row["pairs"] for row in history[1:]]
+        pairs.plot(range(1, len(history)), numbers, color=BLUE, linewidth=0.8)
+        pairs.set(
+            title="2. pairs found: mistakes get rare",
+            xlabel="round",
+            ylabel="pairs in a round",
+            ylim=(0, None),
+        )
         losses = [row["loss"] for row in history if row["pairs"]] or [np.log(2)]
         top = max(0.8, 1.2 * np.quantile(losses, 0.99))  # a round of one pair may stand out
         curves(
             loss,
             history,
             {"loss": (BLUE, "")},
-            title="loss: down from ln 2 (grey)",
+            title="3. loss: down from ln 2 (grey line)",
             ylabel="nats per pair",
             ylim=(0, top),
         )
         loss.axhline(np.log(2), color=GREY, linewidth=1)
         curves(
-            accuracy,
-            history,
-            {"rewards/accuracies": (BLUE, "")},
-            ylim=(0, 1.02),
-            title="accuracy: chosen reward above rejected",
-            ylabel="share of pairs",
-        )
-        curves(
-            margin,
-            history,
-            {"rewards/margins": (BLUE, "")},
-            ylabel="beta x nats",
-            title="margin: chosen reward minus rejected",
-        )
-        curves(
             rewards,
             history,
             REWARDS,
-            title="rewards: beta log(policy / reference)",
-            ylabel="beta x nats",
+            title="4. rewards: their gap, the margin, grows",
+            ylabel="beta log(policy / reference)",
         )
         rewards.axhline(0, color=GREY, linewidth=1)
-        stacked_outcomes(outcomes, history)
-        numbers = [row["pairs"] for row in history[1:]]
-        pairs.plot(range(1, len(history)), numbers, color=BLUE, linewidth=0.8)
-        pairs.set(
-            title="pairs in a round: fewer, as mistakes get rare", xlabel="round", ylim=(0, None)
-        )
+
+
+def animation(histories, path, seconds=8):
+    """{title: history of a DPO run}: answers by number of terms, right and wrong, round by round.
+
+    One panel for each run, all at the same rounds: those in which the first was measured.
+    """
+    measured = [
+        {row["round"]: row["answers"] for row in history if "answers" in row}
+        for history in histories.values()
+    ]
+    rounds = sorted(set.intersection(*(set(rows) for rows in measured)))
+    titles = [f"{count} terms" for count in data.COUNTS]
+    with matplotlib.style.context(["default", LARGE]):
+        figure = Figure(figsize=(9, 3.8), dpi=90, facecolor="white")
+        figure.subplots_adjust(left=0.07, right=0.99, bottom=0.08, top=0.8, wspace=0.08)
+        grid = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
+
+        def draw(frame):
+            number = rounds[min(frame, len(rounds) - 1)]  # the last round is held
+            for ax, title, rows in zip(grid, histories, measured):
+                ax.clear()
+                answers = [rows[number][str(count)] for count in data.COUNTS]
+                right = [100 * answer["right"] for answer in answers]
+                wrong = [100 * answer["wrong"] for answer in answers]
+                ax.bar(titles, right, color=BLUE)
+                ax.bar(titles, wrong, bottom=right, color=ORANGE)
+                ax.set(ylim=(0, 100), title=title)
+                ax.spines[["top", "right"]].set_visible(False)
+            grid[0].set_ylabel("answers (%)")
+            figure.suptitle(
+                f"answers to held-out targets, round {number:,}", x=0.07, ha="left", fontsize=15
+            )
+
+        kinds = [Patch(color=BLUE, label="right sums"), Patch(color=ORANGE, label="wrong sums")]
+        figure.legend(handles=kinds, frameon=False, ncols=2, loc="upper right")
+        frames = len(rounds) + len(rounds) // 4
+        FigureCanvasAgg(figure)  # draws without a screen
+        film = FuncAnimation(figure, draw, frames, cache_frame_data=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        film.save(path, PillowWriter(fps=frames / seconds))
 
 
 def token_strip(ax, tokens, scale):

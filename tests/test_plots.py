@@ -161,7 +161,7 @@ def test_the_distribution_says_whose_answers_they_are():
 
 
 def training_axes(history):
-    names = ("loss", "accuracy", "margin", "rewards", "outcomes", "pairs")
+    names = ("outcomes", "pairs", "loss", "rewards")
     return dict(zip(names, axes_of(plots.dpo_training, history), strict=True))
 
 
@@ -182,7 +182,6 @@ def dashed_curves(ax):
 
 PANELS = [
     ("loss", ["loss"]),
-    ("margin", ["rewards/margins"]),
     ("rewards", ["rewards/chosen", "rewards/rejected"]),
 ]
 
@@ -198,20 +197,6 @@ def test_curves_of_held_out_pairs_show_every_measurement(panel, names):
     measured = [START, *STEPS]
     expected = [[(row["round"], row[f"eval_{name}"]) for row in measured] for name in names]
     assert dashed_curves(training_axes(HISTORY)[panel]) == expected
-
-
-def test_the_first_accuracy_is_left_out():
-    """All rewards are still 0, and ties are no success: the curve would begin with a false 0."""
-    name = "rewards/accuracies"
-    accuracy = training_axes(HISTORY)["accuracy"]
-    assert pale_curves(accuracy) == [[(row["round"], row[name]) for row in STEPS[1:]]]
-    assert dashed_curves(accuracy) == [[(row["round"], row[f"eval_{name}"]) for row in STEPS]]
-
-
-def test_the_accuracy_of_the_first_round_with_pairs_is_left_out_however_late_it_is():
-    late = [START, EMPTY | {"round": 1}, STEPS[0] | {"round": 2}, STEPS[1], STEPS[2]]
-    accuracy, late_accuracy = (training_axes(history)["accuracy"] for history in (HISTORY, late))
-    assert pale_curves(late_accuracy) == pale_curves(accuracy)
 
 
 def test_a_line_marks_the_loss_of_the_start():
@@ -260,3 +245,51 @@ def test_credit_has_one_scale_of_colours_for_all_lines():
 def test_only_two_lines_have_a_margin():
     assert "margin of -2.5" in axes_of(plots.credit, CREDIT)[0].figure.get_suptitle()
     assert axes_of(plots.credit, CREDIT[:1])[0].figure.get_suptitle() == ""
+
+
+# The animation.
+
+ROUNDS = [0, 7, 15]
+
+
+def animated_history(factor):
+    """Answers that tell rounds, numbers of terms and runs apart."""
+    rows = []
+    for number in ROUNDS:
+        answers = {
+            str(count): {"right": factor * count * (number + 1) / 1000, "wrong": count / 100}
+            for count in data.COUNTS
+        }
+        rows.append({"round": number, "answers": answers})
+    return [*rows, {"round": 20}]  # a round in which nothing was measured
+
+
+def test_the_animation_shows_right_and_wrong_answers_of_every_measured_round(monkeypatch, tmp_path):
+    heights, titles = [], []
+
+    class Film:
+        """Draws every frame, as FuncAnimation does, and looks at it."""
+
+        def __init__(self, figure, draw, frames, **options):
+            for frame in range(frames):
+                draw(frame)
+                titles.append(figure.get_suptitle())
+                heights.append([[bar.get_height() for bar in ax.patches] for ax in figure.axes])
+
+        def save(self, path, writer):
+            pass
+
+    monkeypatch.setattr(plots, "FuncAnimation", Film)
+    plots.animation({"a": animated_history(1), "b": animated_history(2)}, tmp_path / "film.gif")
+    assert [title.rpartition(" ")[2] for title in titles[: len(ROUNDS)]] == ["0", "7", "15"]
+    for number, (first, second) in zip(ROUNDS, heights):
+        for factor, bars in (1, first), (2, second):
+            right = [factor * count * (number + 1) / 10 for count in data.COUNTS]
+            assert bars == pytest.approx([*right, *data.COUNTS])
+    assert all(frame == heights[len(ROUNDS) - 1] for frame in heights[len(ROUNDS) :])
+
+
+def test_the_animation_is_a_film(tmp_path):
+    path = tmp_path / "film.gif"
+    plots.animation({"a": animated_history(1)}, path)
+    assert path.read_bytes().startswith(b"GIF89a")

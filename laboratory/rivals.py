@@ -11,7 +11,7 @@ REINFORCE           an answer's advantage is its reward (1 accepted, 0 rejected)
 GRPO's advantage    the same, divided by the standard deviation of the eight rewards.
 online DPO          accepted answers over rejected ones, at four betas.
 
-Every method is run at four rates with the first seed; the rate with the largest share of accepted
+Every method is run at three rates with the first seed; the rate with the largest share of accepted
 answers at the end is then used for all seeds. In all some 20 minutes on two cores, the SFT models
 five more. Stopped and started again, it resumes.
 """
@@ -30,7 +30,7 @@ import plots
 from sft import completion_logps
 
 PROMPTS, ANSWERS = 96, 8
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (2e-4, 4e-4, 8e-4)
 FLAGS = f"--rounds 300 --prompts {PROMPTS} --answers {ANSWERS}"
 JUDGED = 300 * PROMPTS * ANSWERS
 

@@ -152,7 +152,7 @@ def evaluation_loss(options):
 
 def never_stops(options):
     """11. Answers that never stop, or are corrupted"""
-    columns = ["does not parse", "never ends", "exact", "both", "divergence"]
+    columns = ["more than five terms", "does not parse", "never ends", "exact", "both"]
     experiments = [
         Experiment("five", FIVE_FLAGS),
         Experiment("five-lr", f"{FIVE_FLAGS} --lr 2e-5"),
@@ -286,6 +286,7 @@ def numbers(options, experiment, seed, columns):
         "both": lambda: after["both"],
         "two terms before": lambda: before["counts"]["2"] / before["n"],
         "two terms": lambda: after["counts"]["2"] / after["n"],
+        "more than five terms": lambda: more_terms_than(5, after),
         "does not parse": lambda: after["shares"][data.UNREADABLE],
         "never ends": lambda: after["endless"],
         "terms": lambda: mean_terms(after["counts"]),
@@ -302,6 +303,12 @@ def mean_terms(counts):
     """The mean number of terms of answers that parse, from {"3": number of answers, ...}."""
     n_terms = {int(count): n for count, n in counts.items()}
     return sum(count * n for count, n in n_terms.items()) / max(1, sum(n_terms.values()))
+
+
+def more_terms_than(most, metrics):
+    """The share of answers with more terms than `most`, which SFT's lines never have."""
+    n_more = sum(n for count, n in metrics["counts"].items() if int(count) > most)
+    return n_more / metrics["n"]
 
 
 def nine_in_ten(facts):

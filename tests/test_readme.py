@@ -1,7 +1,7 @@
 """What the pages say is true: examples, commands, exercises, links."""
 
 import doctest
-import html
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import data
+import dpo
 from helpers import ROOT, is_ours
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,25 +52,26 @@ def test_links_lead_somewhere(page):
         assert is_elsewhere or (page.parent / target).exists(), target
 
 
-# Exercises. Each is folded, and says in <code> what to replace, by what, and what to run then.
+# Exercises. Each says in `code` what to replace, by what, and what to run then. Its answer is folded.
 
 
 def exercises():
     """[(old, new, command), ...]; old and new are None where the source stays as it is."""
+    section = README.partition("\n## Try it\n")[2].partition("\n## ")[0]
     found = []
-    for text in re.findall("<details>(.*?)</details>", README, re.DOTALL):
-        text = html.unescape(text)
-        change = re.search("<code>(.*?)</code> (?:by|with) <code>(.*?)</code>", text, re.DOTALL)
-        command = re.search("<code>(python .*?)</code>", text, re.DOTALL)
-        if command is not None:
-            old, new = change.groups() if change else (None, None)
-            found.append((old, new, command[1]))
+    for text in re.findall(r"^\*\*\d\..*?(?=<details>)", section, re.DOTALL | re.MULTILINE):
+        text = " ".join(text.split())
+        change = re.search("replace `(.*?)` by `(.*?)`", text)
+        command = re.search("`(python .*?)`", text)
+        old, new = change.groups() if change else (None, None)
+        found.append((old, new, command[1]))
     return found
 
 
 def test_there_are_exercises():
-    assert len(exercises()) >= 3
+    assert len(exercises()) >= 4
     assert any(old is not None for old, _, _ in exercises())
+    assert README.count("<details>") == len(exercises())  # each has an answer
 
 
 @pytest.mark.parametrize("old, new, command", exercises())
@@ -127,3 +130,95 @@ def test_an_exercise_runs(copy_of_the_project, old, new, command):
     finally:
         for path, source in before.items():
             path.write_text(source, encoding="utf-8")
+
+
+# The loop of the README, as it stands.
+
+
+def the_loop():
+    section = README.partition("\n## The loop\n")[2].partition("\n## ")[0]
+    return re.search("```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_the_loop_is_short():
+    statements = [line for line in the_loop().splitlines() if line.strip()]
+    assert 20 <= len(statements) <= 25
+
+
+@pytest.mark.slow
+def test_the_loop_improves_the_model(copy_of_the_project):
+    (copy_of_the_project / "loop.py").write_text(the_loop(), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "loop.py"],
+        cwd=copy_of_the_project,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    shares = [float(line.split()[-1]) for line in result.stdout.splitlines()]
+    assert len(shares) == 5 and shares[-1] > shares[0] + 0.2, shares
+
+
+# The table of results, from the figures of eval.py that dpo.py keeps in its log.
+
+ROWS = {  # of the README: those of eval.py
+    "after SFT, greedy": ("sft.npz", "greedy"),
+    "after SFT, sampled": ("sft.npz", "sampled"),
+    "after DPO, greedy": ("dpo.npz", "greedy"),
+    "after DPO, sampled": ("dpo.npz", "sampled"),
+}
+HEADER = (
+    "| answers to held-out targets | both | exact | format | mean error | % with 2, 3, 4, 5 terms |"
+)
+DEFAULT_LOG = ROOT / "runs" / "dpo.json"
+
+
+def table_of(metrics):
+    """The README's table in Markdown, from the rows of eval.evaluate."""
+    lines = [HEADER, "|---" * 6 + "|"]
+    for title, (name, mode) in ROWS.items():
+        (row,) = [
+            row
+            for row in metrics
+            if row["checkpoint"].endswith(name)
+            and (row["mode"], row["targets"]) == (mode, "held-out")
+        ]
+        percent = [f"{100 * row['counts'][str(count)] / row['n']:.0f}" for count in data.COUNTS]
+        lines.append(
+            "| {} | {both:.3f} | {exact:.3f} | {format:.3f} | {mean_abs_error:.2f} | {} |".format(
+                title, ", ".join(percent), **row
+            )
+        )
+    return "\n".join(lines)
+
+
+def numbers_of(table):
+    """The numbers of a table, row by row."""
+    rows = table.splitlines()[2:]
+    return [[float(number) for number in re.findall(r"\d+\.?\d*", row)] for row in rows]
+
+
+def test_the_readme_has_the_table_of_results():
+    table = README[README.index(HEADER) :].partition("\n\n")[0]
+    assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == [f"| {row}" for row in ROWS]
+    assert [len(row) for row in numbers_of(table)] == [8] * 4
+
+
+@pytest.mark.slow
+def test_the_table_of_results_is_what_eval_prints():
+    """After the README's own command; another processor rounds differently."""
+    if not DEFAULT_LOG.exists():
+        pytest.skip("python sft.py && python dpo.py --beta 0.8 has not been run here")
+    log = json.loads(DEFAULT_LOG.read_text(encoding="utf-8"))
+    defaults = vars(dpo.parse_arguments([])) | {"out": "runs/dpo.npz", "sft": "runs/sft.npz"}
+    if log["settings"] != defaults:
+        pytest.skip("runs/dpo.npz is of other settings than the README's")
+    table = README[README.index(HEADER) :].partition("\n\n")[0]
+    in_readme, rebuilt = numbers_of(table), numbers_of(table_of(log["metrics"]))
+    for shown, measured, title in zip(in_readme, rebuilt, ROWS):
+        # Greedy answers of the SFT model are 20, and one token more or less decides each.
+        loose = title == "after SFT, greedy"
+        for column, (a, b) in enumerate(zip(shown, measured)):
+            tolerance = (0.5 if loose else 0.05) if column < 4 else (50 if loose else 5)
+            assert abs(a - b) <= tolerance, (title, column, a, b)

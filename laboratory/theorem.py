@@ -202,7 +202,9 @@ def draw(listed, result, path):
         x = [row["round"] - 1 for row in history]
         steps.plot(x, [row["share"] for row in history], color=plots.GREEN,
                    label="three terms, share of the listed")  # fmt: skip
-        steps.axhline(result["predicted"], color="black", linestyle=":", label="the same under pi*")
+        steps.axhline(
+            result["predicted"], color="black", linestyle=":", label="three terms under pi*"
+        )
         steps.plot(x, [row["listed"] for row in history], color=plots.RED,
                    label="listed answers, total probability")  # fmt: skip
         steps.set(

@@ -74,7 +74,8 @@ def check_statement(options, target=52, n=4000):
 
         beta [log(P_pi(a) / P_ref(a)) - KL(pi_ref(. | a) || pi(. | a))].
 
-    Both KL divergences are 0 if DPO leaves the accepted answers in their old proportions.
+    Both KL divergences are 0 if DPO leaves the accepted answers in their old proportions, and grow as
+    some of them take the place of others.
     """
     facts = lab.run(options, lab.ONLINE, 0)
     beta = facts["settings"]["beta"]
@@ -110,7 +111,7 @@ def check_statement(options, target=52, n=4000):
             f"(standard error {error:.2f}), exactly {exact:+.2f}"
         )
     print(
-        f"of which beta log(P_pi / P_ref) is {beta * gain:+.2f}, and lost variety, beta KL, "
+        f"of which beta log(P_pi / P_ref) is {beta * gain:+.2f}, and changed proportions, beta KL, "
         f"{beta * kl_policy:+.2f} and {-beta * kl_reference:+.2f}"
     )
 

@@ -330,21 +330,25 @@ def accepted_probability(model, target):
 
 
 def floor(reference, share):
-    """The least divergence, in nats, of a policy that gives this share of accepted answers.
+    """The least divergence, in nats, of a policy that gives this share of accepted answers, both
+    as means over held-out targets.
 
-    Of all policies with P(accepted) = a, the one with the smallest KL(policy || reference) scales
-    the reference's accepted answers by a / P_ref(accepted), and all others by what is left. Its
-    divergence is that of two coins, a log(a / P_ref) + (1 - a) log((1 - a) / (1 - P_ref)); for
-    a = 1 it is -log P_ref. Mean over held-out targets.
+    For one target, let p be P_ref(accepted) and a the policy's P(accepted). Of all policies with
+    this a, the one with the smallest KL(policy || reference) scales the reference's accepted
+    answers by a / p and all others by what is left, (1 - a) / (1 - p). Its divergence is that of
+    two coins, a log(a / p) + (1 - a) log((1 - a) / (1 - p)), whose derivative by a is logit(a) -
+    logit(p). Where the mean divergence is least for a given mean of a, no shift from one target to
+    another helps, so this derivative is the same number for all of them; bisection finds it.
     """
-    nats = []
-    for target in data.HELD_OUT:
-        p_ref = accepted_probability(reference, target)
-        divergence = 0.0
-        for a, p in ((share, p_ref), (1 - share, 1 - p_ref)):
-            divergence += a * np.log(a / p) if a > 0 else 0.0
-        nats.append(divergence)
-    return float(np.mean(nats))
+    p = np.array([accepted_probability(reference, target) for target in data.HELD_OUT])
+    if share == 1:
+        return float(-np.log(p).mean())
+    low, high = -30.0, 30.0  # of logit(a) - logit(p)
+    for _ in range(100):
+        middle = (low + high) / 2
+        a = 1 / (1 + np.exp(-middle) * (1 - p) / p)
+        low, high = (middle, high) if a.mean() < share else (low, middle)
+    return float((a * np.log(a / p) + (1 - a) * np.log((1 - a) / (1 - p))).mean())
 
 
 def right_sums(target, counts=data.COUNTS, total=None):

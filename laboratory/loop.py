@@ -64,7 +64,8 @@ def level(line, prefer):
 
 def graded(answers, prefer, rng):
     """Any two whose levels differ, the higher one chosen. So a right sum that is not preferred is
-    also compared with wrong ones. Neighbours are paired, so no answer is in two pairs."""
+    also compared with wrong ones, unless those have the preferred number of terms. Neighbours are
+    paired, so no answer is in two pairs."""
     pairs = []
     for first, second in zip(answers[::2], answers[1::2]):
         difference = level(first, prefer) - level(second, prefer)
@@ -74,7 +75,8 @@ def graded(answers, prefer, rng):
 
 
 def graded_with_noise(answers, prefer, rng):
-    """The same with labels by chance, as Bradley-Terry has them for a reward of 2 a level."""
+    """The same with labels drawn by Bradley-Terry, for a reward of 2 a level. A pair that is used
+    again keeps its label."""
     pairs = []
     for chosen, rejected in graded(answers, prefer, rng):
         difference = 2 * (level(chosen, prefer) - level(rejected, prefer))
@@ -122,7 +124,8 @@ class FixedPairs:
     """Pairs of answers that the SFT model gives once, before the first step. When all have been
     used, they come again in another order.
 
-    n_targets: how many targets are answered in all. A round has as many pairs as `starts` says.
+    n_targets: how many prompts are answered, drawn from the 76 training targets. A round has as
+        many pairs as `starts` says.
     """
 
     def __init__(self, pairing, starts, answers, prefer, n_targets=9600):

@@ -4,15 +4,17 @@ assets/rivals.png.
 Every method asks the policy as it is now, 96 targets a round, eight answers each, and every answer
 is judged: 230,400 in 300 rounds. They differ in what they do with the judgements:
 
-expert iteration    SFT on the accepted answers.
+SFT on accepted     one step of SFT on the accepted answers: expert iteration with one step a round.
 REINFORCE           an answer's advantage is its reward (1 accepted, 0 rejected) minus the mean
                     reward of the eight; the loss is -(advantage * log-probability), averaged over
-                    all answers.
-GRPO's advantage    the same, divided by the standard deviation of the eight rewards.
+                    all answers (Williams 1992).
+... KL penalty      the same, with 0.1 log(pi / pi_ref) taken off each reward.
+GRPO's advantage    REINFORCE's, divided by the standard deviation of the eight rewards (Shao et al.
+                    2024, section 4.1.2; without its clipping and its KL term).
 online DPO          accepted answers over rejected ones, at four betas.
 
 Every method is run at three rates with the first seed; the rate with the largest share of accepted
-answers at the end is then used for all seeds. In all some 20 minutes on two cores, the SFT models
+answers to held-out targets at the end is then used for all seeds. In all some 20 minutes on two cores, the SFT models
 five more. Stopped and started again, it resumes.
 """
 
@@ -28,6 +30,7 @@ import eval as evaluation
 import loop
 import plots
 from sft import completion_logps
+from tinygrad_lite import no_grad
 
 PROMPTS, ANSWERS = 96, 8
 RATES = (2e-4, 4e-4, 8e-4)
@@ -53,7 +56,7 @@ def judged_groups(policy, step, world, rng, starts, answers, prefer):
 
 
 def accepted_answers(*arguments, **settings):
-    """Expert iteration: the accepted answers, each with weight 1."""
+    """SFT on accepted: the accepted answers, each with weight 1."""
     answers = []
     for group, rewards in judged_groups(*arguments, **settings):
         answers += [(line, 1.0) for line, reward in zip(group, rewards) if reward > 0]
@@ -70,6 +73,14 @@ def with_advantages(*arguments, divide_by_std, **settings):
             advantages /= rewards.std() + 1e-6
         if rewards.std() > 0:
             answers += list(zip(group, advantages))
+    return answers
+
+
+def with_rewards(*arguments, **settings):
+    """Every answer with its reward, group after group, for an objective that needs all of them."""
+    answers = []
+    for group, rewards in judged_groups(*arguments, **settings):
+        answers += list(zip(group, rewards))
     return answers
 
 
@@ -95,6 +106,28 @@ class WeightedAnswers:
         return loss, {"loss": loss.item()}
 
 
+@dataclasses.dataclass(frozen=True)
+class PenalisedReinforce:
+    """The objective for REINFORCE with a KL penalty. The reward of an answer is the judge's minus
+    penalty * log(pi / pi_ref), whose mean over the policy's answers is its KL divergence."""
+
+    penalty: float
+
+    logged = ("loss",)
+
+    def __call__(self, policy, reference, rewarded, beta):
+        lines, rewards = zip(*rewarded)
+        ids = data.pad(lines)
+        logps = completion_logps(policy, ids)  # (N,)
+        with no_grad():
+            reference_logps = completion_logps(reference, ids).numpy()
+        penalised = np.array(rewards) - self.penalty * (logps.numpy() - reference_logps)
+        groups = penalised.reshape(-1, ANSWERS)
+        advantages = (groups - groups.mean(axis=1, keepdims=True)).ravel()
+        loss = -(logps * advantages).mean()
+        return loss, {"loss": loss.item()}
+
+
 # The runs.
 
 weighted = functools.partial(loop.train, objective=WeightedAnswers())
@@ -102,12 +135,18 @@ weighted = functools.partial(loop.train, objective=WeightedAnswers())
 weighted_mean_of_all = functools.partial(weighted, divisor=PROMPTS * ANSWERS)
 
 METHODS = {  # title: (short name, flags, training loop, source)
-    "expert iteration": ("expert", "", weighted, source(accepted_answers)),
+    "SFT on accepted": ("expert", "", weighted, source(accepted_answers)),
     "REINFORCE": (
         "reinforce",
         "",
         weighted_mean_of_all,
         source(with_advantages, divide_by_std=False),
+    ),
+    "REINFORCE, KL penalty": (
+        "reinforce-kl",
+        "",
+        functools.partial(loop.train, objective=PenalisedReinforce(0.1)),
+        source(with_rewards),
     ),
     "GRPO's advantage": (
         "grpo",
@@ -178,7 +217,16 @@ def print_distinct(of_seeds):
 
 def draw(runs, references, path):
     """`both` against divergence over each run (mean over seeds), and the least divergence."""
-    colours = [plots.RED, plots.ORANGE, "#CC79A7", "#56B4E9", plots.BLUE, plots.GREEN, "black"]
+    colours = [
+        plots.RED,
+        plots.ORANGE,
+        "#F0E442",
+        "#CC79A7",
+        "#56B4E9",
+        plots.BLUE,
+        plots.GREEN,
+        "black",
+    ]
     with plots.picture(path, 1, 1, (8, 5.2)) as (ax,):
         for (title, of_seeds), colour in zip(runs.items(), colours):
             both = [[row["shares"][data.ACCEPTED] for row in lab.measured(facts)]

@@ -142,7 +142,7 @@ def evaluation_loss(options):
             Experiment(
                 f"fixed-{n_targets}",
                 flags,
-                f"pairs from {n_targets:,} targets",
+                f"pairs of {8 * n_targets:,} answers",
                 pairs=pairs,
                 starts=lab.rounds_of_one_size,
             )

@@ -434,12 +434,26 @@ def test_lines_for_the_credit_are_as_far_off_as_they_should_be():
         assert {one.target for one in judged} <= set(data.HELD_OUT)
 
 
+def divergence_of_coins(a, p):
+    return np.mean(a * np.log(a / p) + (1 - a) * np.log((1 - a) / (1 - p)))
+
+
 def test_the_floor_is_the_least_divergence(monkeypatch):
-    monkeypatch.setattr(lab, "accepted_probability", lambda reference, target: 0.25)
-    assert lab.floor(None, share=1.0) == pytest.approx(math.log(4))
-    assert lab.floor(None, share=0.25) == pytest.approx(0)
-    expected = 0.9 * math.log(0.9 / 0.25) + 0.1 * math.log(0.1 / 0.75)
-    assert lab.floor(None, share=0.9) == pytest.approx(expected)
+    p = np.linspace(0.1, 0.4, len(data.HELD_OUT))
+    of_target = dict(zip(data.HELD_OUT, p))
+    monkeypatch.setattr(lab, "accepted_probability", lambda reference, target: of_target[target])
+    assert lab.floor(None, share=1.0) == pytest.approx(-np.log(p).mean())
+    assert lab.floor(None, share=p.mean()) == pytest.approx(0, abs=1e-9)
+    floor = lab.floor(None, share=0.6)
+    assert floor < divergence_of_coins(np.full(20, 0.6), p)  # the same share for every target
+    # The best shares, moved in any direction that keeps their mean, diverge more.
+    rng = np.random.default_rng(0)
+    shares = 1 / (1 + np.exp(-1.7) * (1 - p) / p)
+    floor = lab.floor(None, share=shares.mean())
+    assert floor == pytest.approx(divergence_of_coins(shares, p))
+    for _ in range(20):
+        move = rng.normal(size=20)
+        assert divergence_of_coins(shares + 0.01 * (move - move.mean()), p) > floor
 
 
 def test_advantages_of_a_group_sum_to_zero(monkeypatch):
@@ -458,6 +472,22 @@ def test_advantages_of_a_group_sum_to_zero(monkeypatch):
         weighted = rivals.with_advantages(*arguments, divide_by_std=divide_by_std, **settings)
         assert len(weighted) == 4  # the group of equal rewards is left out
         assert [weight for _, weight in weighted] == pytest.approx([first, *[-first / 3] * 3], 1e-4)
+
+
+def test_a_penalty_takes_the_log_ratio_off_the_reward():
+    answers = ["9=4+4+1", "9=4+5", "9=9", "9=4+5"] * 2  # one group of eight
+    rewards = [1.0, 0.0, 0.0, 0.0] * 2
+    policy, reference = tiny_model(1), tiny_model(0)
+    ids = data.pad([line(text) for text in answers])
+    logps, reference_logps = (
+        sft.completion_logps(model, ids).numpy() for model in (policy, reference)
+    )
+    for penalty in 0.0, 0.5:
+        penalised = np.array(rewards) - penalty * (logps - reference_logps)
+        expected = -((penalised - penalised.mean()) * logps).mean()
+        rewarded = list(zip([line(text) for text in answers], rewards))
+        loss, _ = rivals.PenalisedReinforce(penalty)(policy, reference, rewarded, beta=0.8)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_objective_of_rivals_is_the_weighted_mean():

@@ -52,6 +52,22 @@ def test_links_lead_somewhere(page):
         assert is_elsewhere or (page.parent / target).exists(), target
 
 
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub("```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall("^#+ (.*)", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@every_page
+def test_links_to_a_section_name_a_heading(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            linked = page.parent / target if target else page
+            assert anchor in anchors(linked), (target, anchor)
+
+
 # Exercises. Each says in `code` what to replace, by what, and what to run then. Its answer is folded.
 
 

@@ -1,0 +1,193 @@
+// Part 2: where the reward of an answer sits, token by token, and what the loss makes of a pair.
+"use strict";
+
+// The two answers of the pair: ids, and the token that is looked at.
+const pair = { chosen: [], rejected: [] };
+const looked = { side: "rejected", index: 0 };
+const SIDES = ["chosen", "rejected"];
+let credits = {}; // of both answers, under the policy that is shown
+
+function setLine(side, line) {
+  pair[side] = line;
+  byId(`${side}-line`).value = decode(line);
+  byId(`${side}-error`).textContent = "";
+}
+
+// Look at the token of a side whose reward is largest, up or down.
+function lookAtLargest(side) {
+  const sizes = credits[side].tokens.map(({ reward }) => Math.abs(reward));
+  looked.side = side;
+  looked.index = sizes.indexOf(Math.max(...sizes));
+}
+
+function setPair(chosenText, rejectedText) {
+  setLine("chosen", lineOfText(chosenText));
+  setLine("rejected", lineOfText(rejectedText));
+  showCredit();
+  lookAtLargest("rejected");
+  showCredit();
+}
+
+// An answer of part 1. The judge decides on which side it stands.
+function showAnswerInPart2(line, outcome) {
+  const side = outcome === ACCEPTED ? "chosen" : "rejected";
+  setLine(side, line);
+  showCredit();
+  lookAtLargest(side);
+  showCredit();
+  byId("credit").scrollIntoView({ block: "start" });
+  byId(`${side}-tokens`).querySelector("[aria-pressed=true]").focus({ preventScroll: true });
+}
+
+function showCredit() {
+  const model = policy();
+  for (const side of SIDES) {
+    credits[side] = credit(model, reference, pair[side], BETA);
+    showSide(side);
+  }
+  showPair();
+  showNextTokens();
+}
+
+function showSide(side) {
+  const { line, tokens, reward, policyLogp, referenceLogp } = credits[side];
+  const judgement = judge(line);
+  byId(`${side}-outcome`).replaceChildren(sign(judgement.outcome), outcomeText(judgement));
+  // The buttons stay, if their number does, so that the keyboard's focus is not lost.
+  const row = byId(`${side}-tokens`);
+  while (row.children.length > tokens.length) {
+    row.lastChild.remove();
+  }
+  while (row.children.length < tokens.length) {
+    row.append(tokenButton(side, row.children.length));
+  }
+  tokens.forEach(({ token, reward: own }, i) => {
+    const button = row.children[i];
+    button.replaceChildren(
+      element("span", { className: "token-text" }, token === "<end>" ? "end" : token),
+      element("span", { className: "token-reward" }, signed(own)),
+    );
+    const strength = Math.min(Math.abs(own) / 10, 1) * 75; // percent of the colour
+    button.style.setProperty("--strength", `${strength}%`);
+    button.classList.toggle("up", own > 0);
+    button.classList.toggle("down", own < 0);
+    button.setAttribute("aria-label", `${token}, reward ${signed(own)}`);
+  });
+  byId(`${side}-reward`).textContent = signed(reward);
+  byId(`${side}-policy`).textContent = `${policyLogp.toFixed(2)} (p = ${probability(policyLogp)})`;
+  byId(`${side}-reference`).textContent =
+    `${referenceLogp.toFixed(2)} (p = ${probability(referenceLogp)})`;
+}
+
+function tokenButton(side, index) {
+  const button = element("button", { type: "button", className: "token" });
+  for (const event of ["mouseenter", "focus", "click"]) {
+    button.addEventListener(event, () => {
+      looked.side = side;
+      looked.index = index;
+      showNextTokens();
+    });
+  }
+  return button;
+}
+
+function showPair() {
+  const { h, margin, loss, weight } = dpoLoss(credits.chosen, credits.rejected, BETA);
+  byId("pair-h").textContent = signed(h, 2);
+  byId("pair-margin").textContent = signed(margin, 2);
+  byId("pair-loss").textContent = loss.toFixed(3);
+  byId("pair-slope").textContent = `${signed(-weight, 3)} and ${signed(weight, 3)}`;
+  let words = "The chosen reward is above the rejected one, but the pair still pulls.";
+  if (weight < SETTLED * BETA) {
+    words = "This pair is settled and contributes almost no gradient.";
+  } else if (Math.abs(margin) < 1e-9) {
+    words = "Policy and reference agree on this pair: h = 0, and the loss is ln 2 = 0.693.";
+  } else if (margin < 0) {
+    words = "As a reward, the policy ranks the rejected answer above the chosen one.";
+    words += " If this pair were shown in training, it would pull hard.";
+  }
+  byId("pair-words").textContent = words;
+  drawLoss(h);
+}
+
+// The curve of the loss over h, and the pair's place on it.
+function drawLoss(h) {
+  const [width, height, lowest, highest] = [300, 120, -10, 10];
+  const lossAt = (value) => -logSigmoid(BETA * value);
+  const x = (value) => ((value - lowest) / (highest - lowest)) * width;
+  const y = (loss) => height - (loss / lossAt(lowest)) * (height - 12) - 4;
+  const points = [];
+  for (let value = lowest; value <= highest; value += 0.5) {
+    points.push(`${x(value)},${y(lossAt(value))}`);
+  }
+  byId("loss-curve").setAttribute("points", points.join(" "));
+  const shown = Math.max(lowest, Math.min(highest, h)); // beyond the picture: at its edge
+  byId("loss-point").setAttribute("cx", x(shown));
+  byId("loss-point").setAttribute("cy", y(lossAt(shown)));
+}
+
+// What both models expected at the token that is looked at.
+function showNextTokens() {
+  const tokens = credits[looked.side].tokens;
+  looked.index = Math.min(looked.index, tokens.length - 1);
+  const { token, before, policyProbs, referenceProbs } = tokens[looked.index];
+  for (const side of SIDES) {
+    [...byId(`${side}-tokens`).children].forEach((button, i) => {
+      button.setAttribute("aria-pressed", side === looked.side && i === looked.index);
+    });
+  }
+  byId("next-before").textContent = before;
+  const rows = VOCAB.map((name, id) => {
+    const bar = (kind, p) =>
+      element(
+        "span",
+        { className: `next-${kind}` },
+        element("span", { className: "next-number" }, percent(p)),
+        element("span", { className: `bar ${kind}`, style: `width: ${70 * p}%` }),
+      );
+    return element(
+      "div",
+      { className: name === token ? "next-row written" : "next-row" },
+      bar("reference", referenceProbs[id]),
+      element("code", {}, name === "<end>" || name === "<pad>" ? name.slice(1, -1) : name),
+      bar("policy", policyProbs[id]),
+    );
+  });
+  byId("next-tokens").replaceChildren(...rows);
+}
+
+for (const side of SIDES) {
+  const input = byId(`${side}-line`);
+  input.addEventListener("input", () => {
+    const line = lineOfText(input.value.replace(/\s/g, ""));
+    byId(`${side}-error`).textContent = line
+      ? ""
+      : "Type a target from 5 to 100 and numbers of one or two digits, such as 52=18+29+5.";
+    if (line) {
+      pair[side] = line;
+      showCredit();
+    }
+  });
+}
+
+byId("swap").addEventListener("click", () => {
+  const { chosen, rejected } = pair;
+  setLine("chosen", rejected);
+  setLine("rejected", chosen);
+  showCredit();
+});
+
+// Buttons that set a pair and, if they name one, the policy to look at it with.
+for (const button of document.querySelectorAll("button[data-chosen]")) {
+  button.addEventListener("click", () => {
+    const { chosen, rejected, run, round } = button.dataset;
+    pause();
+    const moment = FACTS.runs[run].findIndex((row) => row.round >= Number(round));
+    setPolicy(run, moment < 0 ? FACTS.runs[run].length - 1 : moment);
+    setPair(chosen, rejected);
+  });
+}
+
+setLine("chosen", lineOfText("52=18+29+5"));
+setLine("rejected", lineOfText("52=18+29+4+1"));
+updates.push(showCredit);

@@ -32,7 +32,7 @@ function ask() {
       setTimeout(askMore);
     }
   }
-  setTimeout(askMore);
+  requestAnimationFrame(() => setTimeout(askMore)); // once the list is on the screen
 }
 
 // A button with an answer and its outcome; a click shows where its reward sits.
@@ -44,8 +44,11 @@ function answerButton(line) {
     { type: "button", className: "answer", title: "show where its reward sits" },
     sign(judgement.outcome),
     element("code", {}, text),
-    element("small", {}, outcomeText(judgement)),
+    element("span", { className: "visually-hidden" }, judgement.outcome),
   );
+  if (judgement.outcome === WRONG_SUM) {
+    button.append(element("small", {}, `sum ${judgement.total}`));
+  }
   button.addEventListener("click", () => showAnswerInPart2(line, judgement.outcome));
   return button;
 }

@@ -35,10 +35,8 @@ function showBest() {
   const kl = best.reduce((sum, p, i) => sum + (p > 0 ? p * Math.log(p / probs[i]) : 0), 0);
   byId("beta-kl").textContent = kl.toFixed(3);
   byId("beta-mean").textContent = mean.toFixed(3);
-  byId("beta-objective").textContent = `${signed(mean - beta * kl, 3)} = β log Z, here ${signed(
-    beta * logZ,
-    3,
-  )}`;
+  const objective = mean - beta * kl;
+  byId("beta-objective").textContent = `${objective.toFixed(3)} = ${(beta * logZ).toFixed(3)}`;
 }
 
 function fiveRow({ answer, reference: p, reward }, i) {

@@ -231,7 +231,10 @@ def main(argv=None):
     if options.from_page:
         facts = read_page(PAGE)
     else:
-        evaluation.load(options.sft)  # a mistake shows before minutes of training
+        # Mistakes show before minutes of training.
+        config = evaluation.load(options.sft).config
+        if config.d_model % 4 or config.d_hidden % 4:
+            raise cli.UserError("the page needs a d_model and d_hidden that are multiples of 4")
         cli.output_files(options.folder / "rule.json")
         facts, models = read_runs(options)
         largest, mean = cost_of_rounding(models, models_of(facts))

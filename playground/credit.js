@@ -74,20 +74,28 @@ function showSide(side) {
     button.setAttribute("aria-label", `${token}, reward ${signed(own)}`);
   });
   byId(`${side}-reward`).textContent = signed(reward);
-  byId(`${side}-policy`).textContent = `${policyLogp.toFixed(2)} (p = ${probability(policyLogp)})`;
-  byId(`${side}-reference`).textContent =
-    `${referenceLogp.toFixed(2)} (p = ${probability(referenceLogp)})`;
+  const logpText = (logp) => `${signed(logp, 2)} (p = ${probability(logp)})`;
+  byId(`${side}-policy`).textContent = logpText(policyLogp);
+  byId(`${side}-reference`).textContent = logpText(referenceLogp);
 }
 
 function tokenButton(side, index) {
   const button = element("button", { type: "button", className: "token" });
-  for (const event of ["mouseenter", "focus", "click"]) {
-    button.addEventListener(event, () => {
+  function look() {
+    if (looked.side !== side || looked.index !== index) {
       looked.side = side;
       looked.index = index;
       showNextTokens();
-    });
+    }
   }
+  button.addEventListener("focus", look);
+  button.addEventListener("click", look);
+  button.addEventListener("mousemove", (event) => {
+    // When the page scrolls below a mouse at rest, browsers report a move of 0.
+    if (event.movementX !== 0 || event.movementY !== 0) {
+      look();
+    }
+  });
   return button;
 }
 
@@ -142,7 +150,7 @@ function showNextTokens() {
       element(
         "span",
         { className: `next-${kind}` },
-        element("span", { className: "next-number" }, percent(p)),
+        element("span", { className: p < 0.001 ? "next-number hint" : "next-number" }, percent(p)),
         element("span", { className: `bar ${kind}`, style: `width: ${70 * p}%` }),
       );
     return element(

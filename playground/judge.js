@@ -1,7 +1,7 @@
 // Part 3: the reader marks answers as chosen and rejected; which of the pairs still pull?
 "use strict";
 
-const N_TO_JUDGE = 10;
+const N_TO_JUDGE = 12;
 const SETTLED = 0.1; // below this share of its largest weight, beta, a pair counts as settled
 let toJudge = []; // of each answer its ids and its mark: "chosen", "rejected" or ""
 let judgeSeed = 100;

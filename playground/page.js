@@ -61,7 +61,10 @@ function signed(x, digits = 1) {
 
 function percent(share) {
   const value = 100 * share;
-  return value > 0 && value < 0.1 ? "<0.1 %" : `${value.toFixed(value < 10 ? 1 : 0)} %`;
+  if (value > 0 && value < 0.1) {
+    return "<0.1 %";
+  }
+  return `${value.toFixed(value > 0 && value < 10 ? 1 : 0)} %`;
 }
 
 // A probability such as 0.012 or 3.4e-9.

@@ -64,11 +64,13 @@ function showPairs() {
     const pulls = weight >= SETTLED * BETA;
     pulling += pulls;
     sumOfLosses += loss;
-    const cells = [decode(chosen), decode(rejected), signed(h, 2), loss.toFixed(3)];
+    const answers = [element("code", {}, decode(chosen)), element("code", {}, decode(rejected))];
     return element(
       "tr",
       {},
-      ...cells.map((text) => element("td", {}, text)),
+      element("td", {}, "▲ ", answers[0], element("br"), "▼ ", answers[1]),
+      element("td", {}, signed(h, 2)),
+      element("td", {}, loss.toFixed(3)),
       element(
         "td",
         {},

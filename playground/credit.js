@@ -104,7 +104,7 @@ function showPair() {
   byId("pair-h").textContent = signed(h, 2);
   byId("pair-margin").textContent = signed(margin, 2);
   byId("pair-loss").textContent = loss.toFixed(3);
-  byId("pair-slope").textContent = `${signed(-weight, 3)} and ${signed(weight, 3)}`;
+  byId("pair-slope").textContent = `${signed(-weight, 3)}, ${signed(weight, 3)}`;
   let words = "The chosen reward is above the rejected one, but the pair still pulls.";
   if (weight < SETTLED * BETA) {
     words = "This pair is settled and contributes almost no gradient.";

@@ -433,7 +433,7 @@ def test_rewards_and_loss_of_a_pair_are_those_of_python(page, run, moment):
     assert number(text(page, "#pair-margin")) == pytest.approx(margin, abs=0.0051)
     assert number(text(page, "#pair-h")) == pytest.approx(margin / 0.8, abs=0.0051)
     assert number(text(page, "#pair-loss")) == pytest.approx(loss.item(), abs=0.00051)
-    slopes = [number(slope) for slope in text(page, "#pair-slope").split(" and ")]
+    slopes = [number(slope) for slope in text(page, "#pair-slope").split(", ")]
     np.testing.assert_allclose(slopes, [logps[0].grad[0], logps[1].grad[0]], atol=0.00051)
 
 

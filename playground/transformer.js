@@ -18,12 +18,15 @@ function matmul(weight, x, batch) {
   for (let row = 0; row < rows; row++) {
     const start = row * batch;
     for (let column = 0; column < columns; column += 4) {
-      const w = row * columns + column;
-      const [w0, w1, w2, w3] = [weight[w], weight[w + 1], weight[w + 2], weight[w + 3]];
-      const x0 = column * batch;
-      const [x1, x2, x3] = [x0 + batch, x0 + 2 * batch, x0 + 3 * batch];
+      const first = row * columns + column;
+      const w0 = weight[first];
+      const w1 = weight[first + 1];
+      const w2 = weight[first + 2];
+      const w3 = weight[first + 3];
       for (let b = 0; b < batch; b++) {
-        out[start + b] += w0 * x[x0 + b] + w1 * x[x1 + b] + w2 * x[x2 + b] + w3 * x[x3 + b];
+        const i = column * batch + b;
+        out[start + b] +=
+          w0 * x[i] + w1 * x[i + batch] + w2 * x[i + 2 * batch] + w3 * x[i + 3 * batch];
       }
     }
   }

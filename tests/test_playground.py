@@ -629,7 +629,8 @@ def test_every_control_works_once(page):
 
     # Nothing was left out: controls that are alike count as one.
     unused = page.execute_script(
-        """const kind = (node) => node.id || (node.name && node.value) || node.classList[0] || node.type;
+        """const kind = (node) =>
+            node.id || (node.name && node.value) || node.classList[0] || node.type;
         const kinds = new Set([...used].filter(Boolean).map(kind));
         return [...document.querySelectorAll("button, input")].map(kind)
             .filter((name) => !kinds.has(name));"""

@@ -158,7 +158,7 @@ def main(argv=None):
         runs[beta] = [lab.run(options, experiment(beta), seed) for seed in seeds]
     print_table(runs, [lab.sft_facts(options, seed) for seed in seeds])
     references = [evaluation.load(lab.sft_checkpoint(options, seed)) for seed in seeds]
-    floors = [lab.floor(reference, SHARE) for reference in references]
+    floors = [lab.floor(lab.accepted_probabilities(one), SHARE) for one in references]
     print(f"\nleast divergence of a policy with {SHARE:.0%} accepted: {lab.spread(floors, 2)}")
     check_statement(options)
     draw(runs, floors, options.pictures / "beta.png")

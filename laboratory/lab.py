@@ -28,6 +28,7 @@ import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
 
 SAMPLES = 200  # answers to each held-out target, sampled after a run
+MANY_SAMPLES = 1200  # to count distinct ones
 SFT_PY = Path("runs/sft.npz")  # what sft.py writes by default
 LARGE = [target for target in data.HELD_OUT if target > 50]  # those with many right sums
 
@@ -308,39 +309,43 @@ def divergence_of(lines, policy, reference):
 def distinct(policy, prefer=3, n_accepted=150):
     """How many different ones are among a policy's first 150 accepted answers to a target.
 
-    The mean over the ten largest held-out targets; of 1,200 answers to each. Targets with fewer
+    The mean over the ten largest held-out targets, of MANY_SAMPLES answers to each. Targets with fewer
     accepted answers are left out; None if all are.
     """
     numbers = []
     for target in LARGE:
         rng = data.random_stream(0, "answers")
-        lines = evaluation.sample(policy, [target] * 1200, 1.0, rng)
+        lines = evaluation.sample(policy, [target] * MANY_SAMPLES, 1.0, rng)
         accepted = [tuple(line) for line in lines if data.is_accepted(line, prefer)]
         if len(accepted) >= n_accepted:
             numbers.append(len(set(accepted[:n_accepted])))
     return float(np.mean(numbers)) if numbers else None
 
 
-def accepted_probability(model, target):
-    """The probability that a model's answer to a target is accepted (right, three terms), exactly:
-    the sum over all such answers."""
-    with no_grad():
-        logps = sft.completion_logps(model, data.pad(right_sums(target, [3]))).numpy()
-    return float(np.exp(logps.astype(np.float64)).sum())
+def accepted_probabilities(model):
+    """The probability that a model's answer to each held-out target is accepted (right, three
+    terms), exactly: the sum over all such answers, (20,)."""
+    probabilities = []
+    for target in data.HELD_OUT:
+        with no_grad():
+            logps = sft.completion_logps(model, data.pad(right_sums(target, [3]))).numpy()
+        probabilities.append(np.exp(logps.astype(np.float64)).sum())
+    return np.array(probabilities)
 
 
-def floor(reference, share):
+def floor(p, share):
     """The least divergence, in nats, of a policy that gives this share of accepted answers, both
-    as means over held-out targets.
+    as means over targets.
 
-    For one target, let p be P_ref(accepted) and a the policy's P(accepted). Of all policies with
-    this a, the one with the smallest KL(policy || reference) scales the reference's accepted
-    answers by a / p and all others by what is left, (1 - a) / (1 - p). Its divergence is that of
-    two coins, a log(a / p) + (1 - a) log((1 - a) / (1 - p)), whose derivative by a is logit(a) -
-    logit(p). Where the mean divergence is least for a given mean of a, no shift from one target to
-    another helps, so this derivative is the same number for all of them; bisection finds it.
+    p: the reference's accepted_probabilities.
+
+    For one target, let a be the policy's P(accepted). Of all policies with this a, the one with the
+    smallest KL(policy || reference) scales the reference's accepted answers by a / p and all others
+    by (1 - a) / (1 - p). Its divergence is that of two coins, a log(a / p) + (1 - a) log((1 - a) /
+    (1 - p)), whose derivative by a is logit(a) - logit(p). Where the mean divergence is least for a
+    given mean of a, no shift from one target to another helps, so this derivative is the same
+    number for all of them; bisection finds it.
     """
-    p = np.array([accepted_probability(reference, target) for target in data.HELD_OUT])
     if share == 1:
         return float(-np.log(p).mean())
     low, high = -30.0, 30.0  # of logit(a) - logit(p)

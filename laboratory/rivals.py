@@ -215,7 +215,7 @@ def print_distinct(of_seeds):
     return lab.whole_spread(numbers) if numbers else "-"
 
 
-def draw(runs, references, path):
+def draw(runs, probabilities, path):
     """`both` against divergence over each run (mean over seeds), and the least divergence."""
     colours = [
         plots.RED,
@@ -238,7 +238,7 @@ def draw(runs, references, path):
             ax.plot(x, y, style, color=colour, label=title)
             ax.plot(x[-1], y[-1], "o", color=colour)
         shares = np.linspace(0.3, 1, 71)
-        least = [np.mean([lab.floor(one, share) for one in references]) for share in shares]
+        least = [np.mean([lab.floor(p, share) for p in probabilities]) for share in shares]
         ax.plot(least, shares, color=plots.GREY, linewidth=4, alpha=0.6, label="the least possible")
         ax.set(
             title="how far each method moves for what it gains (300 rounds; a dot is the end)",

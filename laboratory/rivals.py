@@ -264,12 +264,15 @@ def main(argv=None):
         runs[label] = [lab.run(options, best, seed) for seed in seeds]
     sft = [lab.sft_facts(options, seed) for seed in seeds]
     print_table(runs, sft)
-    references = [evaluation.load(lab.sft_checkpoint(options, seed)) for seed in seeds]
-    floors = [lab.floor(reference, share=1.0) for reference in references]
+    probabilities = [
+        lab.accepted_probabilities(evaluation.load(lab.sft_checkpoint(options, seed)))
+        for seed in seeds
+    ]
+    floors = [lab.floor(p, share=1.0) for p in probabilities]
     print(
         f"\nleast divergence of a policy that gives only accepted answers: {lab.spread(floors, 2)}"
     )
-    draw(runs, references, options.pictures / "rivals.png")
+    draw(runs, probabilities, options.pictures / "rivals.png")
 
 
 if __name__ == "__main__":

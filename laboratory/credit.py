@@ -134,7 +134,7 @@ def print_errors(options):
 def draw(options, path):
     """Three answers token by token, after 300 rounds of pairs by rule and of online pairs."""
     reference = evaluation.load(lab.sft_checkpoint(options, 0))
-    with plots.picture(path, len(LINES), 2, (13, 5.4)) as grid:
+    with plots.picture(path, len(LINES), 2, (13, 5.6)) as grid:
         strips = []
         for text in LINES:
             for experiment in (lab.SHORT_RULE, lab.SHORT_ONLINE):
@@ -147,14 +147,12 @@ def draw(options, path):
             title = f"{row['line']}   reward {row['reward']:+.1f}"
             if i % 2 == 0:
                 title += f"   ({LINES[row['line']]})"
-            ax.set_title(title, loc="left", fontsize=11)
-        grid[0].text(0, -1.05, "after 300 rounds of pairs by rule", fontsize=13, weight="bold")
-        grid[1].text(0, -1.05, "after 300 rounds of online pairs", fontsize=13, weight="bold")
+            if i < 2:
+                title = ("after 300 rounds of pairs by rule", "of online pairs")[i] + "\n" + title
+            ax.set_title(title, loc="left", fontsize=12)
         figure = grid[0].figure
         figure.colorbar(image, ax=list(grid), label="reward of a token")
-        figure.suptitle(
-            "pairs by rule teach the policy to end four terms on a wrong number", fontsize=14
-        )
+        figure.suptitle("pairs by rule teach the policy to end four terms on a wrong number")
 
 
 def main(argv=None):

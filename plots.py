@@ -146,7 +146,7 @@ def animation(histories, path, seconds=8):
     titles = [f"{count} terms" for count in data.COUNTS]
     with matplotlib.style.context(["default", LARGE]):
         figure = Figure(figsize=(9, 3.8), dpi=90, facecolor="white")
-        figure.subplots_adjust(left=0.07, right=0.99, bottom=0.08, top=0.8, wspace=0.08)
+        figure.subplots_adjust(left=0.09, right=0.99, bottom=0.08, top=0.8, wspace=0.08)
         grid = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
 
         def draw(frame):
@@ -162,7 +162,7 @@ def animation(histories, path, seconds=8):
                 ax.spines[["top", "right"]].set_visible(False)
             grid[0].set_ylabel("answers (%)")
             figure.suptitle(
-                f"answers to held-out targets, round {number:,}", x=0.07, ha="left", fontsize=15
+                f"answers to held-out targets, round {number:,}", x=0.09, ha="left", fontsize=15
             )
 
         kinds = [Patch(color=BLUE, label="right sums"), Patch(color=ORANGE, label="wrong sums")]

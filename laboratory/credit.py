@@ -33,9 +33,10 @@ KINDS = [  # title, number of terms, how far the sum is too high
     ("1 to 4 too high, 5 terms", 5, [1, 2, 3, 4]),
 ]
 LINES = {  # for the picture
-    "52=18+29+5": "right, three terms: a chosen kind of answer",
-    "52=18+29+4+1": "right, four terms: a rejected kind",
+    "52=18+29+5": "right, three terms: chosen",
+    "52=18+29+4+1": "right, four terms: rejected",
     "52=18+29+4+3": "wrong: in no pair by rule",
+    "52=18+29+4+2+2": "wrong: how the policy goes on",
 }
 
 
@@ -132,9 +133,9 @@ def print_errors(options):
 
 
 def draw(options, path):
-    """Three answers token by token, after 300 rounds of pairs by rule and of online pairs."""
+    """Four answers token by token, after 300 rounds of pairs by rule and of online pairs."""
     reference = evaluation.load(lab.sft_checkpoint(options, 0))
-    with plots.picture(path, len(LINES), 2, (13, 5.6)) as grid:
+    with plots.picture(path, len(LINES), 2, (13, 7)) as grid:
         strips = []
         for text in LINES:
             for experiment in (lab.SHORT_RULE, lab.SHORT_ONLINE):
@@ -148,11 +149,13 @@ def draw(options, path):
             if i % 2 == 0:
                 title += f"   ({LINES[row['line']]})"
             if i < 2:
-                title = ("after 300 rounds of pairs by rule", "of online pairs")[i] + "\n" + title
+                title = (
+                    ("300 rounds of pairs by rule", "300 rounds of online pairs")[i] + "\n" + title
+                )
             ax.set_title(title, loc="left", fontsize=12)
         figure = grid[0].figure
         figure.colorbar(image, ax=list(grid), label="reward of a token")
-        figure.suptitle("pairs by rule teach the policy to end four terms on a wrong number")
+        figure.suptitle("pairs by rule teach the policy to avoid the right sum at its end")
 
 
 def main(argv=None):

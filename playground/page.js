@@ -2,7 +2,7 @@
 "use strict";
 
 const BETA = FACTS.beta;
-const state = { run: "rule", moment: 4, target: 52, seed: 1 };
+const state = { run: "online", moment: 0, target: 52, seed: 1 };
 const updates = []; // functions that are called when the policy changes
 
 // Models, decoded when they are first asked for.

@@ -3,6 +3,7 @@
 
 const PLAY_MILLISECONDS = 1000; // between two moments
 let playing = null; // the timer while the slider moves by itself
+let stopped = false; // whether the reader chose this round of this run: Play then goes on from it
 
 function showPolicy() {
   const moments = FACTS.runs[state.run];
@@ -17,7 +18,7 @@ function showPolicy() {
   const text = `round ${round.toLocaleString("en")}`;
   slider.setAttribute("aria-valuetext", text);
   byId("round").textContent = text;
-  let log = "the SFT model: policy and reference are the same";
+  let log = "the policy is the SFT model";
   if (pairs > 0) {
     log = `${pairs} pairs, loss ${loss.toFixed(2)}, accuracy ${accuracy.toFixed(2)}`;
   }
@@ -29,7 +30,7 @@ function showPolicy() {
 
 function play() {
   const last = FACTS.runs[state.run].length - 1;
-  if (state.moment === last) {
+  if (!stopped || state.moment === last) {
     setPolicy(state.run, 0);
   }
   byId("play").textContent = "❚❚ Pause";
@@ -41,16 +42,18 @@ function play() {
   }, PLAY_MILLISECONDS);
 }
 
-function pause() {
+// byReader: whether the reader stopped here, by a pause or with the slider.
+function pause(byReader = false) {
   clearInterval(playing);
   playing = null;
+  stopped = byReader;
   byId("play").textContent = "▶ Play";
 }
 
-byId("play").addEventListener("click", () => (playing === null ? play() : pause()));
+byId("play").addEventListener("click", () => (playing === null ? play() : pause(true)));
 
 byId("moment").addEventListener("input", (event) => {
-  pause();
+  pause(true);
   setPolicy(state.run, Number(event.target.value));
 });
 

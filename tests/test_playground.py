@@ -521,6 +521,35 @@ def test_the_best_policy_is_that_of_the_formula(page):
 
 
 @pytest.mark.slow
+def test_play_begins_at_the_start_unless_the_reader_stopped_in_this_run(page):
+    from selenium.webdriver import Keys
+
+    assert page.execute_script("return [state.run, state.moment]") == ["online", 0]
+    play = find(page, "#play")
+
+    def first_round():
+        """Play, and stop at once: the round at which it begins."""
+        click(page, play)
+        shown = text(page, "#round")
+        click(page, play)
+        return shown
+
+    # A guided button jumps to its round, and another run keeps the round.
+    click(page, find(page, "button[data-run=rule]"))
+    assert text(page, "#round") == "round 50"
+    click(page, find(page, "input[value=once] + span"))
+    assert text(page, "#round") == "round 50"
+    assert first_round() == "round 0"
+    # The reader moves the slider, plays, and pauses.
+    show(page, "once", 0)
+    find(page, "#moment").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert first_round() == text(page, "#round") == "round 10"
+    assert first_round() == "round 10"
+    click(page, find(page, "input[value=rule] + span"))
+    assert text(page, "#round") == "round 10" and first_round() == "round 0"
+
+
+@pytest.mark.slow
 def test_every_control_works_once(page):
     page.execute_script(
         """window.used = new Set();

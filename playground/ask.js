@@ -74,8 +74,8 @@ function showChart(lines) {
     const kind = count === FACTS.prefer ? "accepted" : "right";
     return chartRow(name, [[kind, right, "right"], ["wrong", wrong, "wrong"]], lines.length);
   });
-  const unreadable = judged.filter(({ outcome }) => outcome === UNREADABLE).length;
-  rows.push(chartRow("unreadable", [["unreadable", unreadable, ""]], lines.length));
+  const unparsed = judged.filter(({ outcome }) => outcome === DOES_NOT_PARSE).length;
+  rows.push(chartRow("does not parse", [["unparsed", unparsed, ""]], lines.length));
   byId("chart").replaceChildren(...rows);
 
   const n = (outcome) => judged.filter((judgement) => judgement.outcome === outcome).length;

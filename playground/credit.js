@@ -105,17 +105,31 @@ function showPair() {
   byId("pair-margin").textContent = signed(margin, 2);
   byId("pair-loss").textContent = loss.toFixed(3);
   byId("pair-slope").textContent = `${signed(-weight, 3)}, ${signed(weight, 3)}`;
-  let words = "The chosen reward is above the rejected one, but the pair still pulls.";
-  if (weight < SETTLED * BETA) {
-    words = "This pair is settled and contributes almost no gradient.";
-  } else if (Math.abs(margin) < 1e-9) {
-    words = "Policy and reference agree on this pair: h = 0, and the loss is ln 2 = 0.693.";
-  } else if (margin < 0) {
-    words = "As a reward, the policy ranks the rejected answer above the chosen one.";
-    words += " If this pair were shown in training, it would pull hard.";
-  }
-  byId("pair-words").textContent = words;
+  byId("pair-words").textContent = pairWords(margin, weight / BETA);
   drawLoss(h);
+}
+
+// share: the weight of the pair in the gradient, as a share of the largest, beta.
+function pairWords(margin, share) {
+  if (share < SETTLED) {
+    return "This pair is settled and contributes almost no gradient.";
+  }
+  if (Math.abs(margin) < 1e-9) {
+    return "Policy and reference agree on this pair: h = 0, and the loss is ln 2 = 0.693.";
+  }
+  const order =
+    margin > 0
+      ? "The chosen reward is above the rejected one, but the pair is not settled."
+      : "By reward, the policy ranks the rejected answer above the chosen one.";
+  let pull = "harder than before training";
+  if (share < 0.4) {
+    pull = "less than before training";
+  } else if (share < 0.6) {
+    pull = "about as much as before training";
+  } else if (share > 0.9) {
+    pull = "almost as hard as a pair can";
+  }
+  return `${order} In a training step it would pull ${pull}.`;
 }
 
 // The curve of the loss over h, and the pair's place on it.

@@ -78,7 +78,7 @@ const SIGNS = {
   [ACCEPTED]: ["accepted", "✓✓"],
   [NOT_PREFERRED]: ["right", "✓"],
   [WRONG_SUM]: ["wrong", "✗"],
-  [UNREADABLE]: ["unreadable", "?"],
+  [DOES_NOT_PARSE]: ["unparsed", "?"],
 };
 
 function sign(outcome) {

@@ -6,7 +6,7 @@ const VOCAB = FACTS.vocab; // id -> token
 const EQUALS = VOCAB.indexOf("=");
 const END = VOCAB.indexOf("<end>");
 const MAX_LEN = FACTS.max_len; // tokens in a line
-const [ACCEPTED, NOT_PREFERRED, WRONG_SUM, UNREADABLE] = FACTS.outcomes;
+const [ACCEPTED, NOT_PREFERRED, WRONG_SUM, DOES_NOT_PARSE] = FACTS.outcomes;
 const LOWEST_TARGET = 5;
 const HIGHEST_TARGET = 100;
 
@@ -30,10 +30,10 @@ function parse(text) {
 // What the judge says of an answer: its outcome, one of FACTS.outcomes, and, if it parses, its
 // target, terms and total. line: the ids of prompt, completion and end token.
 function judge(line) {
-  const text = line.map((id) => VOCAB[id]).join(""); // <end> or <pad> in the middle: unreadable
+  const text = line.map((id) => VOCAB[id]).join(""); // <end> or <pad> in the middle: does not parse
   const parsed = text.endsWith("<end>") ? parse(text.slice(0, -"<end>".length)) : null;
   if (parsed === null) {
-    return { outcome: UNREADABLE };
+    return { outcome: DOES_NOT_PARSE };
   }
   const { target, terms } = parsed;
   const total = terms.reduce((sum, term) => sum + term, 0);

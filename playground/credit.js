@@ -1,16 +1,23 @@
 // Part 2: where the reward of an answer sits, token by token, and what the loss makes of a pair.
 "use strict";
 
-// The two answers of the pair: ids, and the token that is looked at.
-const pair = { chosen: [], rejected: [] };
+// The two answers of the pair, ids or null, and the token that is looked at.
+const pair = { chosen: null, rejected: null };
 const looked = { side: "rejected", index: 0 };
 const SIDES = ["chosen", "rejected"];
-let credits = {}; // of both answers, under the policy that is shown
+let credits = {}; // of the answers that are not null, under the policy that is shown
 
-function setLine(side, line) {
-  pair[side] = line;
-  byId(`${side}-line`).value = decode(line);
-  byId(`${side}-error`).textContent = "";
+// Read the answer that a side's box holds. A text that is no answer leaves that side empty.
+function readLine(side) {
+  pair[side] = lineOfText(byId(`${side}-line`).value.replace(/\s/g, ""));
+  byId(`${side}-error`).textContent = pair[side]
+    ? ""
+    : "Type a target from 5 to 100 and numbers of one or two digits, such as 52=18+29+5.";
+}
+
+function setLine(side, text) {
+  byId(`${side}-line`).value = text;
+  readLine(side);
 }
 
 // Look at the token of a side whose reward is largest, up or down.
@@ -21,8 +28,8 @@ function lookAtLargest(side) {
 }
 
 function setPair(chosenText, rejectedText) {
-  setLine("chosen", lineOfText(chosenText));
-  setLine("rejected", lineOfText(rejectedText));
+  setLine("chosen", chosenText);
+  setLine("rejected", rejectedText);
   showCredit();
   lookAtLargest("rejected");
   showCredit();
@@ -31,7 +38,7 @@ function setPair(chosenText, rejectedText) {
 // An answer of part 1. The judge decides on which side it stands.
 function showAnswerInPart2(line, outcome) {
   const side = outcome === ACCEPTED ? "chosen" : "rejected";
-  setLine(side, line);
+  setLine(side, decode(line));
   showCredit();
   lookAtLargest(side);
   showCredit();
@@ -41,12 +48,24 @@ function showAnswerInPart2(line, outcome) {
 
 function showCredit() {
   const model = policy();
+  credits = {};
   for (const side of SIDES) {
-    credits[side] = credit(model, reference, pair[side], BETA);
-    showSide(side);
+    if (pair[side]) {
+      credits[side] = credit(model, reference, pair[side], BETA);
+      showSide(side);
+    } else {
+      clearSide(side);
+    }
   }
   showPair();
   showNextTokens();
+}
+
+function clearSide(side) {
+  byId(`${side}-tokens`).replaceChildren();
+  for (const name of ["outcome", "reward", "policy", "reference"]) {
+    byId(`${side}-${name}`).textContent = "";
+  }
 }
 
 function showSide(side) {
@@ -67,8 +86,7 @@ function showSide(side) {
       element("span", { className: "token-text" }, token === "<end>" ? "end" : token),
       element("span", { className: "token-reward" }, signed(own)),
     );
-    const strength = Math.min(Math.abs(own) / 10, 1) * 75; // percent of the colour
-    button.style.setProperty("--strength", `${strength}%`);
+    button.style.setProperty("--strength", Math.min(Math.abs(own) / 10, 1));
     button.classList.toggle("up", own > 0);
     button.classList.toggle("down", own < 0);
     button.setAttribute("aria-label", `${token}, reward ${signed(own)}`);
@@ -99,7 +117,30 @@ function tokenButton(side, index) {
   return button;
 }
 
+// Why the two answers are no pair, in words; "" if they are one.
+function whyNoPair() {
+  if (!pair.chosen || !pair.rejected) {
+    return "A pair needs two answers.";
+  }
+  const [chosen, rejected] = SIDES.map((side) => decode(pair[side]).split("=")[0]);
+  if (chosen !== rejected) {
+    const targets = `the chosen answer is to ${chosen} and the rejected one to ${rejected}`;
+    return `No pair: ${targets}, but a pair has one prompt.`;
+  }
+  return "";
+}
+
 function showPair() {
+  const why = whyNoPair();
+  byId("loss-point").toggleAttribute("hidden", why !== "");
+  if (why) {
+    for (const name of ["h", "margin", "loss", "slope"]) {
+      byId(`pair-${name}`).textContent = "";
+    }
+    byId("loss-beyond").textContent = "";
+    byId("pair-words").textContent = why;
+    return;
+  }
   const { h, margin, loss, weight } = dpoLoss(credits.chosen, credits.rejected, BETA);
   byId("pair-h").textContent = signed(h, 2);
   byId("pair-margin").textContent = signed(margin, 2);
@@ -121,15 +162,15 @@ function pairWords(margin, share) {
     margin > 0
       ? "The chosen reward is above the rejected one, but the pair is not settled."
       : "By reward, the policy ranks the rejected answer above the chosen one.";
-  let pull = "harder than before training";
+  let pull = "harder than pairs do at the start";
   if (share < 0.4) {
-    pull = "less than before training";
+    pull = "less than pairs do at the start";
   } else if (share < 0.6) {
-    pull = "about as much as before training";
+    pull = "about as hard as pairs do at the start";
   } else if (share > 0.9) {
     pull = "almost as hard as a pair can";
   }
-  return `${order} In a training step it would pull ${pull}.`;
+  return `${order} Shown in training now, it would pull ${pull}.`;
 }
 
 // The curve of the loss over h, and the pair's place on it.
@@ -143,13 +184,29 @@ function drawLoss(h) {
     points.push(`${x(value)},${y(lossAt(value))}`);
   }
   byId("loss-curve").setAttribute("points", points.join(" "));
-  const shown = Math.max(lowest, Math.min(highest, h)); // beyond the picture: at its edge
+  // Beyond the picture the point is drawn at its edge, beside an arrow.
+  const shown = Math.max(lowest, Math.min(highest, h));
   byId("loss-point").setAttribute("cx", x(shown));
   byId("loss-point").setAttribute("cy", y(lossAt(shown)));
+  const beyond = byId("loss-beyond");
+  beyond.textContent = "";
+  if (h < lowest) {
+    beyond.textContent = `← h = ${signed(h)}`;
+  } else if (h > highest) {
+    beyond.textContent = `h = ${signed(h)} →`;
+  }
+  beyond.setAttribute("text-anchor", h < 0 ? "start" : "end");
+  beyond.setAttribute("x", h < 0 ? 14 : 304);
+  beyond.setAttribute("y", y(lossAt(shown)) + (h < 0 ? 2 : -12));
 }
 
 // What both models expected at the token that is looked at.
 function showNextTokens() {
+  if (!credits[looked.side]) {
+    byId("next-before").textContent = "";
+    byId("next-tokens").replaceChildren();
+    return;
+  }
   const tokens = credits[looked.side].tokens;
   looked.index = Math.min(looked.index, tokens.length - 1);
   const { token, before, policyProbs, referenceProbs } = tokens[looked.index];
@@ -179,21 +236,14 @@ function showNextTokens() {
 }
 
 for (const side of SIDES) {
-  const input = byId(`${side}-line`);
-  input.addEventListener("input", () => {
-    const line = lineOfText(input.value.replace(/\s/g, ""));
-    byId(`${side}-error`).textContent = line
-      ? ""
-      : "Type a target from 5 to 100 and numbers of one or two digits, such as 52=18+29+5.";
-    if (line) {
-      pair[side] = line;
-      showCredit();
-    }
+  byId(`${side}-line`).addEventListener("input", () => {
+    readLine(side);
+    showCredit();
   });
 }
 
 byId("swap").addEventListener("click", () => {
-  const { chosen, rejected } = pair;
+  const [chosen, rejected] = SIDES.map((side) => byId(`${side}-line`).value);
   setLine("chosen", rejected);
   setLine("rejected", chosen);
   showCredit();
@@ -210,6 +260,6 @@ for (const button of document.querySelectorAll("button[data-chosen]")) {
   });
 }
 
-setLine("chosen", lineOfText("52=18+29+5"));
-setLine("rejected", lineOfText("52=18+29+4+1"));
+setLine("chosen", "52=18+29+5");
+setLine("rejected", "52=18+29+4+1");
 updates.push(showCredit);

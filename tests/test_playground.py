@@ -489,6 +489,83 @@ def test_pairs_that_the_reader_marks_have_the_loss_and_weight_of_python(page):
 
 
 @pytest.mark.slow
+def test_answers_to_different_targets_are_no_pair(page):
+    show(page, "rule", 4)
+    box = find(page, "#rejected-line")
+    box.clear()
+    box.send_keys("53=18+29+5")
+    words = (
+        "No pair: the chosen answer is to 52 and the rejected one to 53, but a pair has one prompt."
+    )
+    assert text(page, "#pair-words") == words
+    for name in "h", "margin", "loss", "slope":
+        assert text(page, f"#pair-{name}") == ""
+    assert not find(page, "#loss-point").is_displayed()
+    # Each answer has a reward on its own.
+    assert text(page, "#chosen-reward") != "" != text(page, "#rejected-reward")
+    box.clear()
+    box.send_keys("52=30+22")
+    assert text(page, "#pair-words") != words and text(page, "#pair-margin") != ""
+    assert find(page, "#loss-point").is_displayed()
+
+
+@pytest.mark.slow
+def test_words_beneath_a_pair_grow_with_its_weight(page):
+    script = "return arguments[0].map((h) => pairWords(BETA * h, sigmoid(-BETA * h)))"
+    words = page.execute_script(script, [9, 2, 0.1, 0, -0.1, -2, -9])
+    ends = ["no gradient", "less than", "about as hard", "0.693", "about as hard", "harder", "can"]
+    for line, end in zip(words, ends, strict=True):
+        assert end in line
+    for line, order in zip(words[1:3] + words[4:], ["is above"] * 2 + ["ranks the rejected"] * 3):
+        assert order in line
+
+
+@pytest.mark.slow
+def test_a_loss_beyond_the_picture_is_marked(page):
+    marks = page.execute_script(
+        """return [-12, 5, 12.34].map((h) => {
+          drawLoss(h);
+          return document.getElementById("loss-beyond").textContent;
+        });"""
+    )
+    assert marks == ["← h = −12.0", "", "h = +12.3 →"]
+
+
+@pytest.mark.slow
+def test_guided_pairs_show_the_numbers_that_their_text_names(page):
+    rule, wrong, online = find_all(page, "button[data-chosen]")
+
+    def tokens():
+        names = texts(page, "#rejected-tokens .token-text")
+        return list(zip(names, texts(page, "#rejected-tokens .token-reward"), strict=True))
+
+    def next_tokens():
+        """What both models give to the tokens after 52=18+29+4+, in percent."""
+        assert text(page, "#next-before") == "52=18+29+4+"
+        names = texts(page, ".next-row code")
+        shares = (texts(page, f".next-{kind} .next-number") for kind in ("reference", "policy"))
+        return {name: both for name, *both in zip(names, *shares, strict=True)}
+
+    click(page, rule)
+    assert text(page, "#rejected-reward") == "−16.5"
+    assert tokens()[-4:] == [("4", "−0.5"), ("+", "0.0"), ("1", "−2.3"), ("end", "−13.8")]
+    click(page, wrong)
+    assert text(page, "#rejected-outcome").endswith("wrong sum: 53")
+    likelier = number(text(page, "#rejected-policy")) - number(text(page, "#rejected-reference"))
+    assert np.exp(likelier) == pytest.approx(9, abs=0.5)
+    found = next_tokens()
+    assert found["1"][0] == "96 %" and found["2"][1] == "94 %" and found["3"][1] == "0.4 %"
+    box = find(page, "#rejected-line")
+    box.clear()
+    box.send_keys("52=18+29+4+3")
+    assert text(page, "#rejected-reward") == "+8.9"
+    click(page, online)
+    found = tokens()
+    assert min(found, key=lambda token: number(token[1]))[0] == "4"
+    assert [reward for _, reward in found[-3:]] == ["0.0", "0.0", "0.0"]
+
+
+@pytest.mark.slow
 def test_the_best_policy_is_that_of_the_formula(page):
     for value in -1.297, -0.097, 1.003:
         exponent = page.execute_script(
@@ -615,6 +692,10 @@ def test_every_control_works_once(page):
         tokens = len(find_all(page, f"#{side}-tokens .token"))
         box.send_keys("+")
         assert "Type a target" in text(page, f"#{side}-error")
+        # Nothing is left of the answer that stood there.
+        assert not find_all(page, f"#{side}-tokens .token")
+        assert text(page, f"#{side}-outcome") == text(page, "#pair-margin") == ""
+        assert text(page, "#pair-words") == "A pair needs two answers."
         box.send_keys("7")
         assert text(page, f"#{side}-error") == ""
         assert len(find_all(page, f"#{side}-tokens .token")) == tokens + 2
@@ -680,3 +761,35 @@ def test_no_width_needs_sideways_scrolling(page, width):
             assert needed <= width
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def luminance(colour):
+    """The relative luminance of WCAG 2: colour: red, green and blue from 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_strongest_colours_of_tokens_leave_their_text_legible(page, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    try:
+        for kind in "up", "down":
+            found = page.execute_script(
+                """const token = document.querySelector(".token");
+                token.classList.remove("up", "down");
+                token.classList.add(arguments[0]);
+                token.style.setProperty("--strength", 1);
+                const { color, backgroundColor } = getComputedStyle(token);
+                return [color, backgroundColor];""",
+                kind,
+            )
+            colours = [[float(x) for x in re.findall(r"[\d.]+", colour)] for colour in found]
+            # rgb(28, 31, 35), but color(srgb 0.11 0.12 0.14)
+            colours[0] = [c / 255 for c in colours[0]]
+            assert found[0].startswith("rgb(") and found[1].startswith("color(srgb")
+            darker, lighter = sorted(luminance(colour[:3]) for colour in colours)
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (scheme, kind)
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

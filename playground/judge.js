@@ -108,4 +108,9 @@ byId("clear-marks").addEventListener("click", () => {
   showToJudge();
 });
 
-updates.push(showPairs);
+// At the start of a run the policy is the SFT model, and one button is enough.
+function showSampleButtons() {
+  byId("sample-policy").hidden = policy() === reference;
+}
+
+updates.push(showPairs, showSampleButtons);

@@ -711,6 +711,9 @@ def test_every_control_works_once(page):
     assert number(text(page, "#pair-margin")) == -before != 0
 
     # Part 3.
+    show(page, "sft", 0)  # two buttons would do the same
+    assert not find(page, "#sample-policy").is_displayed()
+    show(page, "online", 8)
     before = texts(page, "#to-judge code")
     assert len(before) == len(set(before)) == 12
     click(page, find(page, "#sample-reference"))
@@ -748,19 +751,61 @@ def test_every_control_works_once(page):
     assert unused == []
 
 
+@pytest.fixture
+def sized(page):
+    """A function that shows the page in a width of so many pixels."""
+
+    def resize(width):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield resize
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 768, 1200])
-def test_no_width_needs_sideways_scrolling(page, width):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
-        for button in find_all(page, "button[data-chosen]"):
-            page.execute_script("arguments[0].click()", button)
-            click(page, find(page, "#mark-by-rule"))
-            needed = page.execute_script("return document.documentElement.scrollWidth")
-            assert needed <= width
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+@pytest.mark.parametrize("width", [360, 390, 768, 1200])
+def test_no_width_needs_sideways_scrolling(page, sized, width):
+    sized(width)
+    for button in find_all(page, "button[data-chosen]"):
+        page.execute_script("arguments[0].click()", button)
+        click(page, find(page, "#mark-by-rule"))
+        needed = page.execute_script("return document.documentElement.scrollWidth")
+        assert needed <= width
+        # Nor do the tables, which could be scrolled on their own.
+        assert page.execute_script(
+            """return [...document.querySelectorAll(".scroll")]
+                .every((node) => node.scrollWidth <= node.clientWidth)"""
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, highest", [(390, 80), (1200, 60)])
+def test_the_bar_is_low_and_its_play_button_stays_in_place(page, sized, width, highest):
+    sized(width)
+    places = page.execute_script(
+        """const place = () => {
+          const { x, y, width, height } = byId("play").getBoundingClientRect();
+          return [x, y, width, height].join();
+        };
+        const places = [];
+        for (const run of playground.runs) {
+          for (const moment of playground.moments(run).keys()) {
+            setPolicy(run, moment);
+            places.push(place());
+          }
+        }
+        setPolicy("online", 0);
+        play();
+        places.push(place());
+        pause();
+        return places;"""
+    )
+    assert len(places) == 1 + len(EVERY_MOMENT) and len(set(places)) == 1
+    bar = page.execute_script(
+        "return document.querySelector('.policy-bar').getBoundingClientRect().height"
+    )
+    assert bar <= highest
 
 
 def luminance(colour):

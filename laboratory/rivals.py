@@ -220,7 +220,7 @@ def draw(runs, probabilities, path):
     colours = [
         plots.RED,
         plots.ORANGE,
-        "#F0E442",
+        "#882255",
         "#CC79A7",
         "#56B4E9",
         plots.BLUE,
@@ -235,7 +235,7 @@ def draw(runs, probabilities, path):
             n = min(map(len, both))  # a run may end early
             x, y = (np.mean([line[:n] for line in lines], axis=0) for lines in (nats, both))
             style = "-" if title.startswith("DPO") else "--"
-            ax.plot(x, y, style, color=colour, label=title)
+            ax.plot(x, y, style, color=colour, label=title.partition(" (")[0])
             ax.plot(x[-1], y[-1], "o", color=colour)
         shares = np.linspace(0.3, 1, 71)
         least = [np.mean([lab.floor(p, share) for p in probabilities]) for share in shares]
@@ -245,7 +245,7 @@ def draw(runs, probabilities, path):
             xlabel="KL(policy || reference), nats an answer",
             ylabel="share of answers that are right and preferred",
             xlim=(0, None),
-            ylim=(0.2, 1.01),
+            ylim=(0, 1.02),
         )
         ax.legend(**plots.BELOW | {"ncols": 3})
 

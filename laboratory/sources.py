@@ -14,7 +14,7 @@ import plots
 SOURCES = {  # experiment: title of its panel
     lab.RULE: "right sums made by rule",
     lab.ONCE: "own answers, sampled once",
-    lab.ONLINE: "own answers, sampled before every step",
+    lab.ONLINE: "own answers, always fresh",
 }
 
 
@@ -41,6 +41,11 @@ def draw(histories, path):
             plots.curves(
                 grid[3 + i], history, plots.REWARDS, ylabel="reward of the pairs (beta x nats)"
             )
+        for i, ax in enumerate(grid):  # one legend and one label serve a row
+            if i % 3 != 1:
+                ax.get_legend().remove()
+            if i % 3 != 0:
+                ax.set_ylabel("")
         grid[0].figure.suptitle(
             "the same loss, the same number of steps: what the policy answers "
             "depends on where the pairs come from"

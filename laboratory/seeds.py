@@ -27,7 +27,7 @@ def results(options):
     sft = [lab.sft_facts(options, seed) for seed in seeds]
     online = [lab.run(options, lab.ONLINE, seed) for seed in seeds]
     demo = [lab.run(options, DEMO, seed) for seed in seeds]
-    print("\n| | answers | right and preferred | right sum | preferred | mean error |")
+    print("\n| | answers | both | exact | preferred | mean error |")
     print("|---|---|---|---|---|---|")
     print_results("SFT", "sampled, held-out", [facts["sampled"] for facts in sft])
     print_results("DPO", "sampled, held-out", [facts["sampled"] for facts in online])

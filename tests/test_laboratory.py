@@ -557,6 +557,40 @@ def test_a_run_has_rounds_as_large_as_its_experiment_says(tmp_path, monkeypatch)
         assert [row["pairs"] for row in history] == [0, *sizes]
 
 
+def test_the_model_of_sft_py_is_taken_if_it_has_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "SAMPLES", 2)
+    flags = ["--steps", "3", "--d-model", "8", "--n-layers", "1", "--processes", "1"]
+    sft.main([*flags, "--batch-size", "4"])
+    settings = lab.read_facts(lab.SFT_PY)["settings"]
+    same = vars(sft.parse_arguments([*flags, "--batch-size", "4", "--out", "other.npz"]))
+    assert lab.is_run_of_sft_py(same | {"processes": 2})
+    for name in "seed", "steps", "batch_size", "lr":
+        assert not lab.is_run_of_sft_py(same | {name: settings[name] + 1})
+
+    monkeypatch.setattr(lab, "is_run_of_sft_py", lambda settings: True)
+    options = options_for(tmp_path / "runs", "--sft-steps", "3")
+    facts = lab.sft_facts(options, seed=0)
+    assert facts["sampled"]["n"] == 40 and facts["settings"]["d_model"] == 8
+    taken, written = lab.sft_checkpoint(options, 0).read_bytes(), lab.SFT_PY.read_bytes()
+    assert taken == written
+
+
+def test_work_without_a_checkpoint_is_kept_by_its_settings(tmp_path):
+    options = options_for(tmp_path)
+    made = []
+
+    def make():
+        made.append("made")
+        return {"number": 7}
+
+    for _ in range(2):
+        facts = lab.kept(options, "name", {"steps": 3}, make)
+        assert facts == {"settings": {"steps": 3}, "number": 7} and made == ["made"]
+    with pytest.raises(cli.UserError, match="other settings .steps."):
+        lab.kept(options, "name", {"steps": 4}, make)
+
+
 def test_settings_tell_apart_what_a_run_changes():
     def settings(experiment):
         options = options_for("nowhere")

@@ -119,7 +119,7 @@ def dpo_training(history, path):
             history,
             {"loss": (BLUE, "")},
             title="3. loss: down from ln 2 (grey line)",
-            ylabel="nats per pair",
+            ylabel="nats per pair" + (" (spikes cut off)" if max(losses) > top else ""),
             ylim=(0, top),
         )
         loss.axhline(np.log(2), color=GREY, linewidth=1)

@@ -204,6 +204,15 @@ def test_a_line_marks_the_loss_of_the_start():
     assert math.log(2) in levels
 
 
+def test_the_loss_says_when_its_axis_is_cut():
+    calm = [STEPS[0] | {"round": number, "loss": 0.5} for number in range(1, 301)]
+    spike = [*calm, STEPS[0] | {"round": 301, "loss": 9.0}]
+    for history, is_cut in ((calm, False), (spike, True)):
+        loss = training_axes([START, *history])["loss"]
+        assert ("cut off" in loss.get_ylabel()) == is_cut
+        assert (loss.get_ylim()[1] < 9.0) or not is_cut
+
+
 def test_the_outcomes_are_stacked_up_to_100_percent():
     outcomes = training_axes(HISTORY)["outcomes"]
     tops = [area.get_paths()[0].vertices[:, 1].max() for area in outcomes.collections]

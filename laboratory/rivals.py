@@ -241,9 +241,9 @@ def draw(runs, probabilities, path):
         least = [np.mean([lab.floor(p, share) for p in probabilities]) for share in shares]
         ax.plot(least, shares, color=plots.GREY, linewidth=4, alpha=0.6, label="the least possible")
         ax.set(
-            title="how far each method moves for what it gains (300 rounds; a dot is the end)",
-            xlabel="KL(policy || reference), nats an answer",
-            ylabel="share of answers that are right and preferred",
+            title="how far each method moves for what it gains",
+            xlabel="KL(policy || reference), nats an answer (300 rounds; a dot is the end)",
+            ylabel="share right and preferred",
             xlim=(0, None),
             ylim=(0, 1.02),
         )

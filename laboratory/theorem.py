@@ -180,12 +180,12 @@ def describe(options, listed, result):
 
 def draw(listed, result, path):
     """Learned against known reward; over the steps, the order on the list and its total."""
-    with plots.picture(path, 1, 2, (11, 4.4)) as (rewards, steps):
+    with plots.picture(path, 1, 2, (12, 5)) as (rewards, steps):
         rng = np.random.default_rng(0)
         learned = np.array(result["learned"])
         learned -= learned[~listed.has_three_terms].mean()  # the theorem leaves a constant open
         for three, label, colour in (
-            (False, "two, four or five terms", plots.BLUE),
+            (False, "other terms", plots.BLUE),
             (True, "three terms", plots.GREEN),
         ):
             chosen = listed.has_three_terms == three
@@ -194,21 +194,22 @@ def draw(listed, result, path):
         ends = np.array([listed.rewards.min() - 0.3, listed.rewards.max() + 0.3])
         rewards.plot(ends, ends, color="black", linewidth=1, label="slope 1")
         rewards.set(
-            title="DPO learns the reward, as the theorem says",
-            xlabel="known reward (points spread sideways to be seen)",
-            ylabel="beta log(pi / pi_ref), up to a constant",
+            title="DPO learns the known rewards,",
+            xlabel="known reward (spread sideways)",
+            ylabel="beta log(pi / pi_ref) + constant",
         )
         history = result["history"]
         x = [row["round"] - 1 for row in history]
         steps.plot(x, [row["share"] for row in history], color=plots.GREEN,
-                   label="three terms, share of the listed")  # fmt: skip
-        steps.axhline(
-            result["predicted"], color="black", linestyle=":", label="three terms under pi*"
-        )
+                   label="three terms, of listed")  # fmt: skip
+        steps.axhline(result["predicted"], color="black", linestyle=":", label="three terms, pi*")
         steps.plot(x, [row["listed"] for row in history], color=plots.RED,
-                   label="listed answers, total probability")  # fmt: skip
+                   label="all listed")  # fmt: skip
         steps.set(
-            title="and nothing holds the rest", xlabel="step", ylabel="probability", ylim=(0, 1)
+            title="but probability leaves the list",
+            xlabel="step",
+            ylabel="share of three terms; probability",
+            ylim=(0, 1),
         )
         for ax in (rewards, steps):
             ax.legend(**plots.BELOW)

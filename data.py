@@ -100,6 +100,11 @@ def decode(ids):
     return "".join(VOCAB[i] for i in ids if i not in (END, PAD))
 
 
+def line_of(target, terms):
+    """The line of an answer, as ids with the end token: 10, [4, 6] -> those of 10=4+6<end>."""
+    return encode(f"{target}={'+'.join(map(str, terms))}") + [END]
+
+
 def pad(lines, length=None):
     """Lists of ids as one array (N, T), padded on the right: to `length`, or to the longest."""
     if length is None:
@@ -132,8 +137,7 @@ def random_line(target, count, rng):
     """
     # To split n into k ordered terms is to choose k - 1 different places to cut among 1 ... n - 1.
     cuts = [0, *sorted(rng.sample(range(1, target), count - 1)), target]
-    terms = [end - start for start, end in itertools.pairwise(cuts)]
-    return encode(f"{target}={'+'.join(map(str, terms))}") + [END]
+    return line_of(target, [end - start for start, end in itertools.pairwise(cuts)])
 
 
 def random_lines(n, rng, targets=TRAINING):

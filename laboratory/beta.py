@@ -17,9 +17,6 @@ import data
 import eval as evaluation
 import loop
 import plots
-from rivals import print_distinct
-from sft import completion_logps
-from tinygrad_lite import no_grad
 
 BETAS = (0.05, 0.2, 0.8, 1.6, 3.0)
 SHARE = 0.9
@@ -53,9 +50,16 @@ def print_table(runs, sft):
             for name in ("both", "exact")
         )
         divergence = lab.spread([facts["divergence"] for facts in of_seeds], 2)
-        cells = [f"{beta:g}", " / ".join(rounds), both, exact, divergence, print_distinct(of_seeds)]
+        cells = [
+            f"{beta:g}",
+            " / ".join(rounds),
+            both,
+            exact,
+            divergence,
+            lab.distinct_spread(of_seeds),
+        ]
         print(f"| {' | '.join(cells)} |")
-    print(f"| (SFT, before) | | | | 0 | {print_distinct(sft)} |")
+    print(f"| (SFT, before) | | | | 0 | {lab.distinct_spread(sft)} |")
 
 
 def check_statement(options, target=52, n=4000):
@@ -74,8 +78,8 @@ def check_statement(options, target=52, n=4000):
 
         beta [log(P_pi(a) / P_ref(a)) - KL(pi_ref(. | a) || pi(. | a))].
 
-    Both KL divergences are 0 if DPO leaves the accepted answers in their old proportions, and grow as
-    some of them take the place of others.
+    Both KL divergences are 0 if DPO leaves the accepted answers in their old proportions, and grow
+    when some of them take the place of others.
     """
     facts = lab.run(options, lab.ONLINE, 0)
     beta = facts["settings"]["beta"]
@@ -83,8 +87,7 @@ def check_statement(options, target=52, n=4000):
     policy = evaluation.load(lab.dpo_checkpoint(options, lab.ONLINE, 0))
 
     def logps(model, lines):
-        with no_grad():
-            return completion_logps(model, data.pad(lines)).numpy().astype(np.float64)
+        return lab.logps(model, lines).astype(np.float64)
 
     accepted = lab.right_sums(target, [3])
     policy_logps, reference_logps = logps(policy, accepted), logps(reference, accepted)

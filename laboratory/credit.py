@@ -50,7 +50,7 @@ def lines_of(n_terms, too_high, n=200):
         _, terms = data.parse(data.decode(data.random_line(target, n_terms, rng)))
         terms[-1] += rng.choice(too_high)
         if terms[-1] <= 99:
-            lines.append(data.encode(f"{target}={'+'.join(map(str, terms))}") + [data.END])
+            lines.append(data.line_of(target, terms))
     return lines
 
 
@@ -86,7 +86,7 @@ def measure(options, experiment, seed):
 
 
 def print_credit(options):
-    """Mean rewards by part of the answer: mean over seeds; of their sum the spread, too."""
+    """Mean rewards by part of the answer: mean over seeds, and the spread of their sum."""
     print("\n| pairs | answers | before the last number | its digits | end token | reward |")
     print("|---|---|---|---|---|---|")
     for experiment, name in RUNS.items():
@@ -135,12 +135,15 @@ def print_errors(options):
 def draw(options, path):
     """Four answers token by token, after 300 rounds of pairs by rule and of online pairs."""
     reference = evaluation.load(lab.sft_checkpoint(options, 0))
+    policies = [
+        evaluation.load(lab.dpo_checkpoint(options, experiment, 0))
+        for experiment in (lab.SHORT_RULE, lab.SHORT_ONLINE)
+    ]
     with plots.picture(path, len(LINES), 2, (13, 7)) as grid:
         strips = []
         for text in LINES:
-            for experiment in (lab.SHORT_RULE, lab.SHORT_ONLINE):
-                policy = evaluation.load(lab.dpo_checkpoint(options, experiment, 0))
-                line = evaluation.line_of_text(text)
+            line = evaluation.line_of_text(text)
+            for policy in policies:
                 strips.append(evaluation.credit(policy, reference, line, BETA))
         scale = max(abs(value) for row in strips for _, value in row["tokens"])
         for i, (ax, row) in enumerate(zip(grid, strips)):

@@ -299,18 +299,20 @@ def divergence(policy, reference, samples=50):
 def divergence_of(lines, policy, reference):
     """The mean of log(policy / reference) over answers of the policy, which estimates
     KL(policy || reference)."""
-    ids = data.pad(lines)
+    return float((logps(policy, lines) - logps(reference, lines)).mean())
+
+
+def logps(model, lines):
+    """log p(completion | prompt) of each line, an array (N,)."""
     with no_grad():
-        logps = sft.completion_logps(policy, ids).numpy()
-        reference_logps = sft.completion_logps(reference, ids).numpy()
-    return float((logps - reference_logps).mean())
+        return sft.completion_logps(model, data.pad(lines)).numpy()
 
 
 def distinct(policy, prefer=3, n_accepted=150):
     """How many different ones are among a policy's first 150 accepted answers to a target.
 
-    The mean over the ten largest held-out targets, of MANY_SAMPLES answers to each. Targets with fewer
-    accepted answers are left out; None if all are.
+    The mean over the ten largest held-out targets, of MANY_SAMPLES answers to each. Targets with
+    fewer accepted answers are left out; None if all are.
     """
     numbers = []
     for target in LARGE:
@@ -327,9 +329,8 @@ def accepted_probabilities(model):
     terms), exactly: the sum over all such answers, (20,)."""
     probabilities = []
     for target in data.HELD_OUT:
-        with no_grad():
-            logps = sft.completion_logps(model, data.pad(right_sums(target, [3]))).numpy()
-        probabilities.append(np.exp(logps.astype(np.float64)).sum())
+        accepted = right_sums(target, [3])
+        probabilities.append(np.exp(logps(model, accepted).astype(np.float64)).sum())
     return np.array(probabilities)
 
 
@@ -362,8 +363,7 @@ def right_sums(target, counts=data.COUNTS, total=None):
     lines = []
     for count in counts:
         for cuts in itertools.combinations(range(1, total), count - 1):
-            terms = np.diff([0, *cuts, total])
-            lines.append(data.encode(f"{target}={'+'.join(map(str, terms))}") + [data.END])
+            lines.append(data.line_of(target, np.diff([0, *cuts, total])))
     return lines
 
 
@@ -425,3 +425,9 @@ def whole_spread(values):
     """Mean, lowest and highest in whole numbers as text; once, if all are the same."""
     low, mean, high = (f"{value:.0f}" for value in (min(values), np.mean(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def distinct_spread(of_seeds):
+    """The `distinct` of the facts of several seeds, as text."""
+    numbers = [facts["distinct"] for facts in of_seeds if facts["distinct"] is not None]
+    return whole_spread(numbers) if numbers else "-"

@@ -1,9 +1,9 @@
 """Which pairs, when no fresh ones can be had? Ten ways to use the same fixed answers.
 
-The SFT model answers 9,600 prompts eight times each, once (76 targets, each drawn some 126 times). Every run takes 600 steps of
-128 pairs of these answers, and differs in how they are paired, labelled or scored. Three seeds of
-ten runs take about 15 minutes on two cores, the SFT models five more. Stopped and started again, it
-resumes.
+The SFT model answers 9,600 prompts eight times each, once (76 targets, each drawn some 126 times).
+Every run takes 600 steps of 128 pairs of these answers, and differs in how they are paired,
+labelled or scored. Three seeds of ten runs take about 15 minutes on two cores, the SFT models five
+more. Stopped and started again, it resumes.
 """
 
 import functools

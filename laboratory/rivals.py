@@ -14,8 +14,8 @@ GRPO's advantage    REINFORCE's, divided by the standard deviation of the eight 
 online DPO          accepted answers over rejected ones, at four betas.
 
 Every method is run at three rates with the first seed; the rate with the largest share of accepted
-answers to held-out targets at the end is then used for all seeds. In all some 20 minutes on two cores, the SFT models
-five more. Stopped and started again, it resumes.
+answers to held-out targets at the end is then used for all seeds. In all some 20 minutes on two
+cores, the SFT models five more. Stopped and started again, it resumes.
 """
 
 import dataclasses
@@ -204,15 +204,10 @@ def print_table(runs, sft):
             for name in ("both", "exact")
         )
         divergence = lab.spread([facts["divergence"] for facts in of_seeds], 2)
-        print(f"| {title} | {both} | {exact} | {divergence} | {print_distinct(of_seeds)} |")
+        print(f"| {title} | {both} | {exact} | {divergence} | {lab.distinct_spread(of_seeds)} |")
     both, exact = (lab.spread([facts["sampled"][name] for facts in sft], 3)
                    for name in ("both", "exact"))  # fmt: skip
-    print(f"| (SFT, before) | {both} | {exact} | 0 | {print_distinct(sft)} |")
-
-
-def print_distinct(of_seeds):
-    numbers = [facts["distinct"] for facts in of_seeds if facts["distinct"] is not None]
-    return lab.whole_spread(numbers) if numbers else "-"
+    print(f"| (SFT, before) | {both} | {exact} | 0 | {lab.distinct_spread(sft)} |")
 
 
 def draw(runs, probabilities, path):
@@ -259,9 +254,9 @@ def main(argv=None):
     print_rates(options)
     runs = {}
     for title in METHODS:
-        best = experiment(title, best_rate(options, title))
-        label = f"{title} (rate {best_rate(options, title):g})"
-        runs[label] = [lab.run(options, best, seed) for seed in seeds]
+        rate = best_rate(options, title)
+        best = experiment(title, rate)
+        runs[f"{title} (rate {rate:g})"] = [lab.run(options, best, seed) for seed in seeds]
     sft = [lab.sft_facts(options, seed) for seed in seeds]
     print_table(runs, sft)
     probabilities = [

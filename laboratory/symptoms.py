@@ -4,8 +4,8 @@
     python laboratory/symptoms.py 4 5     these entries alone
 
 A cell holds one number for each of three seeds. Many runs stand in several tables; each is made
-once. All tables take about an hour and a half on two cores, the SFT models five minutes. Stopped and started
-again, it resumes where it left off.
+once. All tables take about an hour and a half on two cores, the SFT models five minutes. Stopped
+and started again, it resumes where it left off.
 
 To add a symptom, write a function that prints its table, and name it in SYMPTOMS.
 """
@@ -182,11 +182,10 @@ def refreshed_reference(options):
 def which_answers(options):
     """14. Which answers to pair"""
     columns = ["pairs a round", "exact", "both", "divergence", "distinct"]
-    own = functools.partial(loop.fresh, loop.accepted_over_rejected)
     best = functools.partial(loop.fresh, loop.best_over_worst)
     graded = functools.partial(loop.fresh, loop.graded)
     experiments = [
-        Experiment("own-300", "--rounds 300", "accepted over rejected", pairs=own),
+        Experiment("own-300", "--rounds 300", "accepted over rejected", pairs=loop.own),
         Experiment("best-300", "--rounds 300", "best over worst", pairs=best),
         Experiment("graded-300", "--rounds 300", "graded", pairs=graded),
     ]

@@ -4,9 +4,9 @@ open. Draws assets/theorem.png.
 The list holds all right sums of one target with two to five terms, 255 for the target 10. Each has
 a known reward. Labels follow Bradley-Terry: of two answers, a is preferred to b with probability
 sigmoid(r(a) - r(b)). The SFT model, as policy and reference, is trained on the expected DPO loss
-over all pairs of the list, so there is no sampling noise. Where this loss is least, the rewards that
-DPO has learned, beta log(pi / pi_ref), differ from the known ones by a constant only, and the policy
-on the list is pi* = pi_ref exp(r / beta) / Z (Rafailov et al. 2023, section 4 and theorem 1).
+over all pairs of the list, so there is no sampling noise. Where this loss is least, the rewards
+that DPO has learned, beta log(pi / pi_ref), differ from the known ones by a constant only, and the
+policy on the list is pi* = pi_ref exp(r / beta) / Z (Rafailov et al. 2023, section 4, theorem 1).
 
     python laboratory/theorem.py               in less than a minute
     python laboratory/theorem.py --variants    other lists, labels and rates, three seeds
